@@ -1,0 +1,289 @@
+"""YAML and `key=value` into dataclasses, with every fault gathered and named by file and line.
+
+This file knows no part's options: a field whose type depends on a name next to it says so in its
+metadata, `field(metadata=chosen_by("tuner", TUNERS))`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import yaml
+
+from mmtune.core.errors import Fault, UserError
+from mmtune.core.files import read_text
+from mmtune.core.table import Table, nearest
+
+Path_ = tuple[str, ...]
+
+
+class Source:
+    """A parsed YAML file with the line of every key, and the overrides laid over it."""
+
+    def __init__(self, path: Path, overrides: list[str] | None = None) -> None:
+        self.path = Path(path)
+        self.lines: dict[Path_, int] = {}
+        self.faults: list[Fault] = []
+        self.tree = self._read()
+        for override in overrides or []:
+            self._override(override)
+
+    def where(self, key: Path_) -> str:
+        """File, line and dotted key of an entry, as far as they are known."""
+        known = key
+        while known and known not in self.lines:
+            known = known[:-1]
+        line = self.lines.get(known)
+        if line == 0:
+            return f"command line, {'.'.join(key)}"
+        place = f"{self.path}, line {line}" if line else str(self.path)
+        return f"{place}, {'.'.join(key)}" if key else place
+
+    def fault(self, key: Path_, what: str, mend: str = "") -> None:
+        self.faults.append(Fault(what, self.where(key), mend))
+
+    def _read(self) -> Any:
+        try:
+            node = yaml.compose(read_text(self.path), Loader=yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else "?"
+            raise UserError(f"not valid YAML: {error.problem}", where=f"{self.path}, line {line}") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"not valid YAML: {error}", where=self.path) from None
+        if node is None:
+            raise UserError("the file is empty", where=self.path)
+        return self._build(node, ())
+
+    def _build(self, node: yaml.Node, key: Path_) -> Any:
+        self.lines.setdefault(key, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            mapping: dict[str, Any] = {}
+            for name_node, value_node in node.value:
+                name = str(name_node.value)
+                inner = (*key, name)
+                if name in mapping:
+                    first = self.lines[inner]
+                    self.faults.append(
+                        Fault(
+                            f"the key is given twice, first in line {first}",
+                            f"{self.path}, line {name_node.start_mark.line + 1}, {'.'.join(inner)}",
+                            "Keep one of the two.",
+                        )
+                    )
+                self.lines[inner] = name_node.start_mark.line + 1
+                mapping[name] = self._build(value_node, inner)
+            return mapping
+        if isinstance(node, yaml.SequenceNode):
+            return [self._build(item, (*key, str(i))) for i, item in enumerate(node.value)]
+        loader = yaml.SafeLoader("")
+        value = loader.construct_object(node)
+        # YAML 1.1 reads 2e-4 (no dot) as text; everybody who writes it means a number.
+        if isinstance(value, str) and getattr(node, "style", None) is None:
+            value = _number_or_text(value)
+        return value
+
+    def _override(self, override: str) -> None:
+        dotted, equals, text = override.partition("=")
+        if not equals or not dotted:
+            self.faults.append(
+                Fault(f"'{override}' is no override", "command line", "Write key=value, for example train.clip=1.0.")
+            )
+            return
+        key = tuple(dotted.split("."))
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        if isinstance(value, str):
+            value = _number_or_text(value)
+        holder = self.tree
+        for i, name in enumerate(key):
+            last = i == len(key) - 1
+            if isinstance(holder, list):
+                if not name.isdigit() or int(name) >= len(holder):
+                    self.faults.append(Fault(f"'{name}' is no position in this list of {len(holder)}", f"command line, {dotted}"))
+                    return
+                if last:
+                    holder[int(name)] = value
+                else:
+                    holder = holder[int(name)]
+            elif isinstance(holder, dict):
+                if last:
+                    holder[name] = value
+                else:
+                    holder = holder.setdefault(name, {})
+            else:
+                self.faults.append(Fault(f"'{'.'.join(key[:i])}' holds a plain value, so it has no '{name}'", f"command line, {dotted}"))
+                return
+        self.lines[key] = 0
+
+    def finish(self) -> None:
+        """Raises one UserError with every fault found so far, if there is any."""
+        if self.faults:
+            raise UserError.of(self.faults)
+
+
+def chosen_by(key: str, table: Table, default: str | None = None) -> dict[str, Any]:
+    """Field metadata: the options class is `table`'s entry for the value of `key` inside the field."""
+    return {"choose": (key, table, default)}
+
+
+def parse(cls: type, source: Source) -> Any:
+    """An instance of the dataclass `cls` from a whole YAML file. Raises UserError with every fault at once."""
+    value = build(cls, source.tree, (), source)
+    source.finish()
+    return value
+
+
+def build(cls: type, tree: Any, key: Path_, source: Source) -> Any:
+    """An instance of the dataclass `cls`, or None where `source` gathered a fault.
+
+    A class may define `check(fault)`, called with a function `fault(field, what, mend)` once all its
+    fields have the right types.
+    """
+    if not isinstance(tree, dict):
+        source.fault(key, f"expected a mapping, found {_describe(tree)}")
+        return None
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    before = len(source.faults)
+    for name in tree:
+        if name not in fields:
+            source.fault((*key, name), f"unknown key '{name}'", nearest(name, list(fields)))
+    values: dict[str, Any] = {}
+    for name, field in fields.items():
+        inner = (*key, name)
+        if name not in tree:
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                source.fault(key, f"'{name}' is missing")
+            continue
+        if "choose" in field.metadata:
+            values[name] = _build_chosen(field.metadata["choose"], tree[name], inner, source)
+        else:
+            values[name] = _convert(hints[name], tree[name], inner, source)
+    if len(source.faults) > before:
+        return None
+    made = cls(**values)
+    check: Callable[[Callable[..., None]], None] | None = getattr(made, "check", None)
+    if check is not None:
+        check(lambda field, what, mend="": source.fault((*key, *field.split(".")) if field else key, what, mend))
+    return made
+
+
+def _build_chosen(choose: tuple[str, Table, str | None], tree: Any, key: Path_, source: Source) -> Any:
+    by, table, default = choose
+    if not isinstance(tree, dict):
+        source.fault(key, f"expected a mapping, found {_describe(tree)}")
+        return None
+    name = tree.get(by, default)
+    if name is None:
+        source.fault(key, f"'{by}' is missing", f"Known: {', '.join(table.names())}.")
+        return None
+    if name not in table.names():
+        source.fault((*key, by), f"unknown {table.kind} '{name}'", nearest(str(name), table.names()))
+        return None
+    return build(table.load(name), tree, key, source)
+
+
+def _convert(hint: Any, value: Any, key: Path_, source: Source) -> Any:
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        members = typing.get_args(hint)
+        if value is None and type(None) in members:
+            return None
+        for member in members:
+            if member is not type(None) and _fits(member, value):
+                return _convert(member, value, key, source)
+        source.fault(key, f"expected {_name(hint)}, found {_describe(value)}")
+        return None
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast(type, hint), value, key, source)
+    if origin is list:
+        if not isinstance(value, list):
+            source.fault(key, f"expected a list, found {_describe(value)}")
+            return None
+        (item,) = typing.get_args(hint)
+        return [_convert(item, entry, (*key, str(i)), source) for i, entry in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            source.fault(key, f"expected a mapping, found {_describe(value)}")
+            return None
+        item = typing.get_args(hint)[1]
+        return {name: _convert(item, entry, (*key, name), source) for name, entry in value.items()}
+    if not _fits(hint, value):
+        mend = nearest(value, list(typing.get_args(hint))) if origin is Literal and isinstance(value, str) else ""
+        source.fault(key, f"expected {_name(hint)}, found {_describe(value)}", mend)
+        return None
+    if hint is float:
+        return float(value)
+    return Path(value) if hint is Path else value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint) or origin is dict:
+        return isinstance(value, dict)
+    if origin is list:
+        return isinstance(value, list)
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is Path:
+        return isinstance(value, str) and bool(value)
+    return isinstance(value, hint)
+
+
+def _name(hint: Any) -> str:
+    names = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false", Path: "a path"}
+    origin = typing.get_origin(hint)
+    if hint in names:
+        return names[hint]
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if origin in (Union, types.UnionType):
+        return " or ".join(_name(member) for member in typing.get_args(hint) if member is not type(None))
+    if origin is list:
+        return "a list"
+    return "a mapping"
+
+
+def _describe(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    return f"{value!r}"
+
+
+def _number_or_text(value: str) -> str | float:
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    looks_numeric = value.strip().lower().lstrip("+-")[:1].isdigit()
+    return number if looks_numeric and "e" in value.lower() else value
+
+
+def to_dict(value: Any) -> Any:
+    """A dataclass as plain dicts and lists, ready for YAML or JSON; what is None is left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        entries = {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {name: entry for name, entry in entries.items() if entry is not None}
+    if isinstance(value, dict):
+        return {name: to_dict(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_dict(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value

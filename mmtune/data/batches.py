@@ -1,0 +1,159 @@
+"""Samples -> batches: encoded once, ordered by length with the longest first, padded.
+
+Padding is decided here and only here: to the right for training, to the left for generation.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mmtune.core.errors import Fault, UserError
+from mmtune.data.chat import IGNORE, IMAGE_ID, Chat
+from mmtune.data.image import ImageTransform, load_image
+from mmtune.data.samples import MOST_FAULTS, Sample
+
+
+@dataclass(frozen=True)
+class Example:
+    """An encoded sample: int32 ids and labels of equal length, and where its pictures lie."""
+
+    id: str
+    ids: np.ndarray
+    labels: np.ndarray
+    images: tuple[Path, ...]
+
+
+@dataclass
+class Batch:
+    """What the model takes. N pictures over all rows, in the order of their places in `input_ids`.
+
+    input_ids, labels: int64 [B, T]; attention_mask: int64 [B, T]; images: uint8 [N, 3, S, S].
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    images: torch.Tensor
+    labels: torch.Tensor | None = None
+    sample_ids: tuple[str, ...] = ()
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            self.input_ids.to(device, non_blocking=True),
+            self.attention_mask.to(device, non_blocking=True),
+            self.images.to(device, non_blocking=True),
+            None if self.labels is None else self.labels.to(device, non_blocking=True),
+            self.sample_ids,
+        )
+
+
+def encode_samples(
+    samples: Sequence[Sample], chat: Chat, max_length: int, too_long: str = "error"
+) -> tuple[list[Example], list[str]]:
+    """Encodes all samples; returns the examples and the ids of those skipped for their length.
+
+    A sample is never cut: one longer than `max_length` tokens is an error, or is skipped where
+    `too_long` is "skip". Raises UserError that names the samples.
+    """
+    examples: list[Example] = []
+    skipped: list[str] = []
+    faults: list[Fault] = []
+    for sample in samples:
+        try:
+            ids, labels = chat.encode(list(sample.turns))
+        except UserError as error:
+            faults += [Fault(fault.what, f"sample {sample.id}", fault.mend) for fault in error.faults]
+            if len(faults) >= MOST_FAULTS:
+                break
+            continue
+        if len(ids) <= max_length:
+            examples.append(
+                Example(sample.id, np.array(ids, np.int32), np.array(labels, np.int32), sample.images)
+            )
+        elif too_long == "skip":
+            skipped.append(sample.id)
+        else:
+            faults.append(
+                Fault(
+                    f"{len(ids)} tokens, more than max_length {max_length}",
+                    f"sample {sample.id}",
+                    "Raise train.max_length, or set train.too_long to skip.",
+                )
+            )
+            if len(faults) >= MOST_FAULTS:
+                break
+    if faults:
+        raise UserError.of(faults)
+    if not examples:
+        raise UserError("every sample is longer than max_length", mend="Raise train.max_length.")
+    return examples, skipped
+
+
+def batch_order(examples: Sequence[Example], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of an epoch as lists of indices: a function of its arguments alone, so a run can resume.
+
+    Samples of similar length, and with or without pictures, share a batch; the batch with the longest
+    sample comes first, so that running out of memory shows at once. The last batch of an epoch may be
+    smaller.
+    """
+    generator = random.Random(f"{seed}/{epoch}")
+    order = list(range(len(examples)))
+    generator.shuffle(order)
+    chunk = batch_size * 50
+    batches: list[list[int]] = []
+    rest: list[int] = []
+    for has_image in (True, False):
+        kind = [i for i in order if bool(examples[i].images) == has_image]
+        for start in range(0, len(kind), chunk):
+            part = sorted(kind[start : start + chunk], key=lambda i: -len(examples[i].ids))
+            full = len(part) - len(part) % batch_size
+            batches += [part[i : i + batch_size] for i in range(0, full, batch_size)]
+            rest += part[full:]
+    batches += [rest[i : i + batch_size] for i in range(0, len(rest), batch_size)]
+    generator.shuffle(batches)
+    small = [batch for batch in batches if len(batch) < batch_size]
+    batches = [batch for batch in batches if len(batch) == batch_size] + small
+    longest = max(range(len(batches)), key=lambda b: max(len(examples[i].ids) for i in batches[b]))
+    if len(batches[longest]) == batch_size:
+        batches.insert(0, batches.pop(longest))
+    return batches
+
+
+def collate(examples: Sequence[Example], transform: ImageTransform, pad_id: int) -> Batch:
+    """A right-padded training batch."""
+    batch = pad([example.ids for example in examples], pad_id, left=False)
+    width = batch.input_ids.shape[1]
+    labels = torch.full((len(examples), width), IGNORE, dtype=torch.int64)
+    for row, example in enumerate(examples):
+        labels[row, : len(example.labels)] = torch.from_numpy(example.labels)
+    batch.labels = labels
+    batch.images = load_images([path for example in examples for path in example.images], transform)
+    batch.sample_ids = tuple(example.id for example in examples)
+    return batch
+
+
+def pad(rows: Sequence[np.ndarray | list[int]], pad_id: int, left: bool) -> Batch:
+    """Rows of ids as one batch without pictures or labels."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros((len(rows), width), dtype=torch.int64)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, place] = torch.as_tensor(row, dtype=torch.int64)
+        mask[i, place] = 1
+    return Batch(ids, mask, torch.empty(0, 3, 0, 0, dtype=torch.uint8))
+
+
+def load_images(paths: Sequence[Path], transform: ImageTransform) -> torch.Tensor:
+    """Pictures as uint8 [N, 3, S, S]; N may be 0."""
+    if not paths:
+        return torch.empty(0, 3, transform.size, transform.size, dtype=torch.uint8)
+    return torch.from_numpy(np.stack([transform(load_image(path)) for path in paths]))
+
+
+__all__ = ["IMAGE_ID", "Batch", "Example", "batch_order", "collate", "encode_samples", "load_images", "pad"]

@@ -1,0 +1,229 @@
+"""Turns -> token ids and labels, built together turn by turn.
+
+A conversation becomes a list of pieces (text, supervised or not), and each piece is tokenised by
+itself, so a label can only ever cover what the assistant said and the token that ends its turn.
+Text of users and assistants never becomes a special token; `<image>` becomes `image_tokens` copies
+of IMAGE_ID, which the model replaces by the picture's features.
+
+Formats: `template` is the tokenizer's own chat template; `vicuna_v1` gives the ids of LLaVA-1.5's
+tokenisation; `plain` is LLaVA's alignment format, the picture and then the answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from mmtune.core.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IMAGE = "<image>"
+IMAGE_ID = -200
+IGNORE = -100
+
+FORMATS = ("template", "vicuna_v1", "plain")
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side said. `<image>` in a user's text stands where a picture belongs."""
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a conversation. `control`: written by the format, so special tokens in it are real."""
+
+    text: str
+    supervised: bool = False
+    control: bool = False
+
+
+class Chat:
+    """A tokenizer together with one of the FORMATS and the number of tokens a picture takes.
+
+    Raises UserError for a format the tokenizer cannot serve.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, format: str, image_tokens: int) -> None:
+        if format not in FORMATS:
+            raise UserError(f"unknown chat format '{format}'", mend=f"Known: {', '.join(FORMATS)}.")
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no end token, so an answer could never end")
+        if format == "template" and not tokenizer.chat_template:
+            raise UserError(
+                "the tokenizer has no chat template",
+                mend="Name another chat format under model.language.chat, for example vicuna_v1.",
+            )
+        if format == "vicuna_v1" and tokenizer.bos_token_id is None:
+            raise UserError("chat format vicuna_v1 starts with a BOS token, and the tokenizer has none")
+        self.tokenizer = tokenizer
+        self.format = format
+        self.image_tokens = image_tokens
+        self._prefix_space = tokenizer.tokenize("x")[:1] == ["\u2581x"]
+
+    def encode(self, turns: list[Turn]) -> tuple[list[int], list[int]]:
+        """Ids of a whole conversation and labels of equal length: the id where the assistant speaks, else IGNORE.
+
+        Raises UserError where nothing is supervised.
+        """
+        ids, labels = self._tokenise(self._pieces(turns))
+        if all(label == IGNORE for label in labels):
+            raise UserError("no token of this conversation is supervised", mend="It needs an assistant's turn.")
+        return ids, labels
+
+    def prompt(self, turns: list[Turn]) -> list[int]:
+        """Ids up to where the assistant's next turn begins; `turns` ends with the user's."""
+        if not turns or turns[-1].role != "user":
+            raise UserError("a prompt must end with a user's turn")
+        return self._tokenise(self._pieces(turns))[0]
+
+    def _pieces(self, turns: list[Turn]) -> list[Piece]:
+        _check_roles(turns)
+        if self.format == "vicuna_v1":
+            return self._vicuna(turns)
+        if self.format == "plain":
+            return self._plain(turns)
+        return self._template(turns)
+
+    def _vicuna(self, turns: list[Turn]) -> list[Piece]:
+        system = turns[0].text if turns[0].role == "system" else VICUNA_SYSTEM
+        pieces = [Piece(self.tokenizer.bos_token, control=True)]
+        before = system + " "
+        for turn in turns:
+            if turn.role == "user":
+                pieces.append(Piece(f"{before}USER: {turn.text} ASSISTANT:"))
+                before = ""
+            elif turn.role == "assistant":
+                pieces.append(Piece(f" {turn.text}", supervised=True))
+                pieces.append(Piece(self.tokenizer.eos_token, supervised=True, control=True))
+        return pieces
+
+    def _plain(self, turns: list[Turn]) -> list[Piece]:
+        pieces = [Piece(self.tokenizer.bos_token, control=True)] if self.tokenizer.bos_token else []
+        for turn in turns:
+            if turn.role == "user":
+                pieces.append(Piece(IMAGE * turn.text.count(IMAGE)))
+            elif turn.role == "assistant":
+                pieces.append(Piece(turn.text, supervised=True))
+                pieces.append(Piece(self.tokenizer.eos_token, supervised=True, control=True))
+        return pieces
+
+    def _template(self, turns: list[Turn]) -> list[Piece]:
+        """Renders with a mark in place of each turn's text, so that the format and the speech stay apart.
+
+        The prompt of each answer must be a prefix of the conversation that holds the answer, otherwise
+        the model would be asked another question than it was trained on.
+        """
+        marks = [f"[[turn-{i}]]" for i in range(len(turns))]
+        messages = [{"role": turn.role, "content": mark} for turn, mark in zip(turns, marks, strict=True)]
+        asks = turns[-1].role == "user"
+        whole = self._render(messages, generation=asks)
+        pieces: list[Piece] = []
+        done = 0
+
+        def advance(text: str, supervised: bool = False) -> None:
+            nonlocal done
+            if whole[done : done + len(text)] != text:
+                raise UserError(
+                    "the tokenizer's chat template writes a turn differently once more turns follow, "
+                    "so a trained answer would not match its prompt",
+                    mend="Use a template with the prefix property, or another chat format.",
+                )
+            done += len(text)
+            pieces.extend(_split_at_marks(text, marks, turns, supervised))
+
+        for i, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            prompt = self._render(messages[:i], generation=True)
+            advance(prompt[done:])
+            until = self._render(messages[: i + 1], generation=False)
+            answer, mark, ending = until[done:].partition(marks[i])
+            if not mark:
+                raise UserError("the tokenizer's chat template leaves out an assistant's turn")
+            kept = ending.rstrip()
+            advance(answer + mark + kept, supervised=True)
+            if not kept:
+                pieces.append(Piece(self.tokenizer.eos_token, supervised=True, control=True))
+            advance(ending[len(kept) :])
+        advance(whole[done:])
+        missing = [i for i, mark in enumerate(marks) if mark not in whole]
+        if missing:
+            raise UserError(f"the tokenizer's chat template leaves out the {turns[missing[0]].role}'s turn")
+        return pieces
+
+    def _render(self, messages: list[dict[str, str]], generation: bool) -> str:
+        import jinja2
+
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the tokenizer's chat template refuses this conversation: {error}") from None
+
+    def _tokenise(self, pieces: list[Piece]) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        labels: list[int] = []
+        carried = ""
+        for piece in pieces:
+            chunks = piece.text.split(IMAGE) if not piece.control else [piece.text]
+            for i, chunk in enumerate(chunks):
+                if i > 0:
+                    ids += [IMAGE_ID] * self.image_tokens
+                    labels += [IGNORE] * self.image_tokens
+                text = carried + chunk
+                carried = ""
+                if piece.control and i == len(chunks) - 1 and self.format == "template":
+                    # A word is tokenised together with the space before it, also across the join.
+                    stripped = text.rstrip(" ")
+                    text, carried = stripped, text[len(stripped) :]
+                new = self._ids(text, piece.control)
+                ids += new
+                labels += new if piece.supervised else [IGNORE] * len(new)
+        return ids, labels
+
+    def _ids(self, text: str, control: bool) -> list[int]:
+        if self._prefix_space and text.startswith(" "):
+            text = text[1:]
+        if not text:
+            return []
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control).input_ids
+
+
+def _split_at_marks(text: str, marks: list[str], turns: list[Turn], supervised: bool) -> list[Piece]:
+    pieces = []
+    for mark, turn in zip(marks, turns, strict=True):
+        before, found, after = text.partition(mark)
+        if not found:
+            continue
+        if before:
+            pieces.append(Piece(before, supervised, control=True))
+        pieces.append(Piece(turn.text, supervised))
+        text = after
+    if text:
+        pieces.append(Piece(text, supervised, control=True))
+    return pieces
+
+
+def _check_roles(turns: list[Turn]) -> None:
+    speakers = [turn.role for turn in turns if turn.role != "system"]
+    if not speakers:
+        raise UserError("the conversation is empty")
+    if any(turn.role == "system" for turn in turns[1:]):
+        raise UserError("a system turn stands after another turn")
+    for i, role in enumerate(speakers):
+        expected = ("user", "assistant")[i % 2]
+        if role != expected:
+            raise UserError(f"turn {i + 1} is the {role}'s, the {expected}'s was expected", mend="Turns must alternate.")
+    for turn in turns:
+        if turn.role != "user" and IMAGE in turn.text:
+            raise UserError(f"{IMAGE} stands in the {turn.role}'s turn; pictures belong to the user's")

@@ -1,0 +1,63 @@
+"""Pictures: decoded, laid on a square, resized to uint8. Normalising happens on the device, in the tower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mmtune.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """How a picture becomes size x size pixels; saved with the model.
+
+    fit: `pad` lays it on a square of the mean colour (LLaVA-1.5), `crop` resizes the shorter side and
+    cuts the middle (CLIP). mean, std: of the tower, on a scale of 0 to 1.
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    fit: Literal["pad", "crop"] = "pad"
+
+    def __call__(self, picture: Image.Image) -> np.ndarray:
+        """A uint8 array [3, size, size] of an RGB picture."""
+        if self.fit == "pad" and picture.width != picture.height:
+            side = max(picture.size)
+            background = tuple(int(255 * value) for value in self.mean)
+            square = Image.new("RGB", (side, side), background)
+            square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+            picture = square
+        if self.fit == "crop":
+            picture = ImageOps.fit(picture, (self.size, self.size), Image.Resampling.BICUBIC)
+        if picture.size != (self.size, self.size):
+            picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
+
+
+def load_image(path: Path) -> Image.Image:
+    """An upright RGB picture. Transparent parts are laid on white, 16-bit greys scaled to 8.
+
+    Raises UserError that names the file where it is missing or broken.
+    """
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            picture = ImageOps.exif_transpose(opened)
+    except FileNotFoundError:
+        raise UserError("no such picture", where=path, mend="Is image_root right?") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"this picture cannot be read: {error}", where=path) from None
+    if picture.mode.startswith("I"):
+        grey = np.asarray(picture).astype(np.int64)
+        picture = Image.fromarray((grey >> 8 if grey.max() > 255 else grey).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")

@@ -1,0 +1,105 @@
+"""LLaVA training files (JSON or JSONL) -> Sample(id, images, turns).
+
+A file's rows are `{"id", "image": path or list of paths, "conversations": [{"from", "value"}]}`;
+text-only rows have no image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mmtune.core.errors import Fault, UserError
+from mmtune.core.files import read_json, read_jsonl
+from mmtune.data.chat import IMAGE, Turn
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+MOST_FAULTS = 20
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation about any number of pictures; the i-th picture belongs to the i-th `<image>`."""
+
+    id: str
+    images: tuple[Path, ...]
+    turns: tuple[Turn, ...]
+
+
+def read_llava(path: Path, image_root: Path, limit: int | None = None) -> list[Sample]:
+    """The samples of a LLaVA training file, at most `limit`. Raises UserError with the first faults found."""
+    if str(path).endswith(".jsonl"):
+        rows: list[tuple[str, Any]] = [(f"{path}, line {line}", row) for line, row in read_jsonl(path)]
+    else:
+        whole = read_json(path)
+        if not isinstance(whole, list):
+            raise UserError("expected a list of samples", where=path)
+        rows = [(f"{path}, sample {i}", row) for i, row in enumerate(whole)]
+    if not rows:
+        raise UserError("the file holds no samples", where=path)
+    samples, faults = [], []
+    for where, row in rows[:limit]:
+        try:
+            samples.append(_sample(row, where, image_root))
+        except UserError as error:
+            faults += error.faults
+            if len(faults) == MOST_FAULTS:
+                faults.append(Fault("there may be more; these are the first", str(path)))
+                break
+    if faults:
+        raise UserError.of(faults)
+    return samples
+
+
+def image_first(sample: Sample) -> Sample:
+    """The same sample with each user turn's pictures moved to its front, as LLaVA-1.5 does with its data."""
+
+    def moved(turn: Turn) -> Turn:
+        count = turn.text.count(IMAGE)
+        if turn.role != "user" or count == 0:
+            return turn
+        return Turn("user", f"{IMAGE}\n" * count + turn.text.replace(IMAGE, "").strip())
+
+    return replace(sample, turns=tuple(moved(turn) for turn in sample.turns))
+
+
+def _sample(row: Any, where: str, image_root: Path) -> Sample:
+    if not isinstance(row, dict):
+        raise UserError(f"expected an object, found {type(row).__name__}", where=where)
+    name = row.get("id")
+    if name is not None:
+        where = f"{where} (id {name})"
+    if not isinstance(name, (str, int)) or isinstance(name, bool):
+        raise UserError("'id' must be text or a whole number", where=where)
+    images = row.get("image", [])
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
+        raise UserError("'image' must be a path or a list of paths", where=where)
+    conversations = row.get("conversations")
+    if not isinstance(conversations, list) or not conversations:
+        raise UserError("'conversations' must be a list with at least one turn", where=where)
+    turns = tuple(_turn(entry, i, where) for i, entry in enumerate(conversations))
+    placeholders = sum(turn.text.count(IMAGE) for turn in turns)
+    if placeholders != len(images):
+        raise UserError(
+            f"{placeholders} {IMAGE} in the conversation, but {len(images)} pictures",
+            where=where,
+            mend=f"Each picture needs its own {IMAGE} in a user's turn.",
+        )
+    if not any(turn.role == "assistant" and turn.text for turn in turns):
+        raise UserError("no assistant's turn with text, so there is nothing to learn from", where=where)
+    return Sample(str(name), tuple(Path(image_root) / image for image in images), turns)
+
+
+def _turn(entry: Any, index: int, where: str) -> Turn:
+    if not isinstance(entry, dict) or not isinstance(entry.get("value"), str):
+        raise UserError(f"turn {index + 1} must be an object with 'from' and a text 'value'", where=where)
+    role = ROLES.get(entry.get("from", ""))
+    if role is None:
+        raise UserError(
+            f"turn {index + 1}: unknown speaker {entry.get('from')!r}",
+            where=where,
+            mend=f"Known: {', '.join(ROLES)}.",
+        )
+    return Turn(role, entry["value"])  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, read_jsonl
 
-VERSION = 1  # part of the stamp: raise it whenever the same seed would give other files
+VERSION = 2  # part of the stamp: raise it whenever the same seed would give other files
 
 GRID = 4  # cells along each side
 CELL = 16  # pixels along each side of a cell
@@ -175,7 +175,7 @@ def shape_mask(shape: str, size: int) -> Image.Image:
     """One shape that fills a box of `size` x `size` pixels."""
     mask = Image.new("1", (size, size))
     draw = ImageDraw.Draw(mask)
-    end, middle, third = size - 1, (size - 1) / 2, size // 3
+    end, middle, arm = size - 1, (size - 1) / 2, 2 * size // 5
     if shape == "circle":
         draw.ellipse((0, 0, end, end), fill=1)
     elif shape == "square":
@@ -183,8 +183,8 @@ def shape_mask(shape: str, size: int) -> Image.Image:
     elif shape == "triangle":
         draw.polygon(((middle, 0), (end, end), (0, end)), fill=1)
     elif shape == "cross":
-        draw.rectangle((third, 0, end - third, end), fill=1)
-        draw.rectangle((0, third, end, end - third), fill=1)
+        draw.rectangle((arm, 0, end - arm, end), fill=1)
+        draw.rectangle((0, arm, end, end - arm), fill=1)
     else:
         draw.polygon(((middle, 0), (end, middle), (middle, end), (0, middle)), fill=1)
     return mask

@@ -92,7 +92,11 @@ class Source:
         dotted, equals, text = override.partition("=")
         if not equals or not dotted:
             self.faults.append(
-                Fault(f"'{override}' is no override", "command line", "Write key=value, for example train.clip=1.0.")
+                Fault(
+                    f"'{override}' is no override",
+                    "command line",
+                    "Write key=value, for example train.clip=1.0.",
+                )
             )
             return
         key = tuple(dotted.split("."))
@@ -107,7 +111,12 @@ class Source:
             last = i == len(key) - 1
             if isinstance(holder, list):
                 if not name.isdigit() or int(name) >= len(holder):
-                    self.faults.append(Fault(f"'{name}' is no position in this list of {len(holder)}", f"command line, {dotted}"))
+                    self.faults.append(
+                        Fault(
+                            f"'{name}' is no position in this list of {len(holder)}",
+                            f"command line, {dotted}",
+                        )
+                    )
                     return
                 if last:
                     holder[int(name)] = value
@@ -119,7 +128,12 @@ class Source:
                 else:
                     holder = holder.setdefault(name, {})
             else:
-                self.faults.append(Fault(f"'{'.'.join(key[:i])}' holds a plain value, so it has no '{name}'", f"command line, {dotted}"))
+                self.faults.append(
+                    Fault(
+                        f"'{'.'.join(key[:i])}' holds a plain value, so it has no '{name}'",
+                        f"command line, {dotted}",
+                    )
+                )
                 return
         self.lines[key] = 0
 
@@ -172,7 +186,9 @@ def build(cls: type, tree: Any, key: Path_, source: Source) -> Any:
     made = cls(**values)
     check: Callable[[Callable[..., None]], None] | None = getattr(made, "check", None)
     if check is not None:
-        check(lambda field, what, mend="": source.fault((*key, *field.split(".")) if field else key, what, mend))
+        check(
+            lambda field, what, mend="": source.fault((*key, *field.split(".")) if field else key, what, mend)
+        )
     return made
 
 
@@ -219,7 +235,11 @@ def _convert(hint: Any, value: Any, key: Path_, source: Source) -> Any:
         item = typing.get_args(hint)[1]
         return {name: _convert(item, entry, (*key, name), source) for name, entry in value.items()}
     if not _fits(hint, value):
-        mend = nearest(value, list(typing.get_args(hint))) if origin is Literal and isinstance(value, str) else ""
+        mend = (
+            nearest(value, list(typing.get_args(hint)))
+            if origin is Literal and isinstance(value, str)
+            else ""
+        )
         source.fault(key, f"expected {_name(hint)}, found {_describe(value)}", mend)
         return None
     if hint is float:
@@ -245,7 +265,13 @@ def _fits(hint: Any, value: Any) -> bool:
 
 
 def _name(hint: Any) -> str:
-    names = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false", Path: "a path"}
+    names = {
+        int: "a whole number",
+        float: "a finite number",
+        str: "text",
+        bool: "true or false",
+        Path: "a path",
+    }
     origin = typing.get_origin(hint)
     if hint in names:
         return names[hint]

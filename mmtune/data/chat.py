@@ -78,7 +78,9 @@ class Chat:
         """
         ids, labels = self._tokenise(self._pieces(turns))
         if all(label == IGNORE for label in labels):
-            raise UserError("no token of this conversation is supervised", mend="It needs an assistant's turn.")
+            raise UserError(
+                "no token of this conversation is supervised", mend="It needs an assistant's turn."
+            )
         return ids, labels
 
     def prompt(self, turns: list[Turn]) -> list[int]:
@@ -166,7 +168,9 @@ class Chat:
         import jinja2
 
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation
+            )
         except jinja2.TemplateError as error:
             raise UserError(f"the tokenizer's chat template refuses this conversation: {error}") from None
 
@@ -223,7 +227,9 @@ def _check_roles(turns: list[Turn]) -> None:
     for i, role in enumerate(speakers):
         expected = ("user", "assistant")[i % 2]
         if role != expected:
-            raise UserError(f"turn {i + 1} is the {role}'s, the {expected}'s was expected", mend="Turns must alternate.")
+            raise UserError(
+                f"turn {i + 1} is the {role}'s, the {expected}'s was expected", mend="Turns must alternate."
+            )
     for turn in turns:
         if turn.role != "user" and IMAGE in turn.text:
             raise UserError(f"{IMAGE} stands in the {turn.role}'s turn; pictures belong to the user's")

@@ -1,0 +1,93 @@
+"""Any Hugging Face causal language model: embeddings in, hidden states out, the head apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from mmtune.core.errors import UserError
+from mmtune.parts.loading import from_pretrained
+
+
+class LanguageModel(nn.Module):
+    """A causal LM and its tokenizer. `hf` is the transformers model, in which tuners find their targets."""
+
+    def __init__(self, hf: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.hf = hf
+        self.tokenizer = tokenizer
+        self.width = hf.get_input_embeddings().embedding_dim
+        if len(tokenizer) > hf.get_input_embeddings().num_embeddings:
+            raise UserError(
+                f"the tokenizer has {len(tokenizer)} tokens, the model only "
+                f"{hf.get_input_embeddings().num_embeddings} embeddings",
+                mend="Tokenizer and language model don't belong together.",
+            )
+
+    @classmethod
+    def load(cls, weights: str, tokenizer: str | None, dtype: torch.dtype) -> LanguageModel:
+        """From a folder or hub name; the tokenizer from `tokenizer` or, by default, from there too."""
+        tokens = load_tokenizer(tokenizer or weights)
+        return cls(from_pretrained(AutoModelForCausalLM, weights, dtype=dtype), tokens)
+
+    @classmethod
+    def create(cls, config: dict[str, Any], tokenizer: str) -> LanguageModel:
+        """With random weights, from the fields of a transformers config; `model_type` names the family."""
+        tokens = load_tokenizer(tokenizer)
+        fields = {"vocab_size": len(tokens), **config}
+        model_type = fields.pop("model_type", None)
+        if model_type is None:
+            raise UserError(
+                "'model_type' is missing", where="model.language.config", mend="For example llama."
+            )
+        special = {name: getattr(tokens, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        made = AutoConfig.for_model(model_type, **special, **fields)
+        return cls(AutoModelForCausalLM.from_config(made), tokens)
+
+    def save(self, folder: Path) -> None:
+        self.hf.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @property
+    def pad_id(self) -> int:
+        """The id padding is written with; it is masked everywhere, so any will do."""
+        tokens = self.tokenizer
+        return tokens.pad_token_id if tokens.pad_token_id is not None else tokens.eos_token_id
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """[B, T] -> [B, T, width]."""
+        return self.hf.get_input_embeddings()(ids)
+
+    def hidden(self, embeddings: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """The last hidden states [B, T, width], normalised, before the head."""
+        # use_cache=False: a cache would be kept for the backward pass and defeats checkpointing.
+        return self.hf.base_model(
+            inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The head on chosen positions [..., width] -> [..., vocabulary], with the family's scale and cap."""
+        config = self.hf.config
+        logits = self.hf.get_output_embeddings()(hidden)
+        scale = getattr(config, "logit_scale", None)  # Cohere multiplies
+        if scale is not None:
+            logits = logits * scale
+        scaling = getattr(config, "logits_scaling", None)  # Granite divides
+        if scaling is not None:
+            logits = logits / scaling
+        cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+
+def load_tokenizer(where: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name. Raises UserError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer can be loaded: {str(error).splitlines()[0]}", where=where) from None

@@ -1,0 +1,45 @@
+"""Loading weights of transformers without silence: what is missing is an error, not a random tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+from mmtune.core.errors import UserError
+
+
+def from_pretrained(cls: Any, weights: str, **options: Any) -> Any:
+    """`cls.from_pretrained` with safetensors only.
+
+    Raises UserError where the folder is missing or broken, or a weight is missing or has another shape.
+    Weights in the file that the model has no use for (a CLIP text tower, layers above the one that is
+    used) are left unread.
+    """
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, report = cls.from_pretrained(
+            weights, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        mend = "" if Path(weights).exists() else "There is no such folder, and no such model on the hub."
+        raise UserError(f"cannot be loaded: {str(error).splitlines()[0]}", where=weights, mend=mend) from None
+    finally:
+        logging.set_verbosity(before)
+    missing = sorted(report["missing_keys"])
+    mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
+    if missing or mismatched:
+        kind, names = (
+            ("missing", missing) if missing else ("of another shape than the config says", mismatched)
+        )
+        raise UserError(f"{len(names)} weights are {kind}: {', '.join(names[:5])}", where=weights)
+    return model
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """float32 or bfloat16 by name."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -1,0 +1,280 @@
+"""VisionLanguageModel: a tower, a connector and a language model, spliced together.
+
+A model folder holds `config.json` and, for each part, either its own folder of safetensors or the
+name of where its weights come from; peft adapters lie under `adapter/PART`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mmtune.core.config import to_dict
+from mmtune.core.errors import UserError
+from mmtune.core.files import read_json, write_json
+from mmtune.data.batches import Batch
+from mmtune.data.chat import IGNORE, IMAGE_ID, Chat, Turn
+from mmtune.data.image import ImageTransform
+from mmtune.parts.connector.base import Connector
+from mmtune.parts.language import LanguageModel
+from mmtune.parts.loading import torch_dtype
+from mmtune.parts.spec import (
+    CONNECTORS,
+    PARTS,
+    TOWERS,
+    ConnectorOptions,
+    LanguageOptions,
+    ModelOptions,
+    VisionOptions,
+)
+from mmtune.parts.vision.base import VisionTower
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+FORMAT_VERSION = 1
+
+
+class VisionLanguageModel(nn.Module):
+    """The three parts and nothing else that has weights.
+
+    options: what each part is and where its weights came from; a part's `weights` is None once the part
+    was trained, and is then saved with the model. adapters: the peft model of each part that has one.
+    """
+
+    def __init__(
+        self, vision: VisionTower, connector: Connector, language: LanguageModel, options: ModelOptions
+    ) -> None:
+        super().__init__()
+        if connector.vision_width != vision.width or connector.language_width != language.width:
+            raise UserError(
+                f"the connector takes {connector.vision_width} and gives {connector.language_width}, but the "
+                f"tower is {vision.width} wide and the language model {language.width}",
+                mend="Leave out the connector's weights to start a new one.",
+            )
+        assert options.vision and options.language
+        self.vision = vision
+        self.connector = connector
+        self.language = language
+        self.options = options
+        self.adapters: dict[str, PeftModel] = {}
+        self.image_tokens = connector.tokens(vision.tokens)
+        self.transform = ImageTransform(vision.image_size, vision.mean, vision.std, options.vision.fit)
+        self.chat = Chat(language.tokenizer, options.language.chat, self.image_tokens)
+
+    def part(self, name: str) -> nn.Module:
+        """The module a tuner works on: inside it names are those of the part's own format."""
+        return {"vision": self.vision, "connector": self.connector, "language": self.language}[name]
+
+    def core(self, name: str) -> nn.Module:
+        """The module whose names a part's adapter uses: the transformers model itself, or the connector."""
+        part = self.part(name)
+        return getattr(part, "hf", part)
+
+    def splice(self, batch: Batch) -> torch.Tensor:
+        """Embeddings [B, T, width] with the pictures' features in the places of IMAGE_ID.
+
+        While the tower or the connector trains, a batch without pictures sends a blank one through them,
+        times zero: every parameter then has a gradient on every process.
+        Raises ValueError where pictures and places differ in number.
+        """
+        places = batch.input_ids == IMAGE_ID
+        expected = len(batch.images) * self.image_tokens
+        if int(places.sum()) != expected:
+            raise ValueError(
+                f"{int(places.sum())} places for {len(batch.images)} pictures of {self.image_tokens} tokens"
+            )
+        embeddings = self.language.embed(batch.input_ids.masked_fill(places, 0))
+        if len(batch.images):
+            features = self.connector(self.vision(batch.images))
+            return embeddings.masked_scatter(places.unsqueeze(-1), features.to(embeddings.dtype))
+        if self.training and torch.is_grad_enabled() and self._sees_gradient():
+            side = self.transform.size
+            blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=embeddings.device)
+            return embeddings + 0 * self.connector(self.vision(blank)).sum().to(embeddings.dtype)
+        return embeddings
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Cross-entropy summed over the supervised tokens, fp32; head and loss run on those alone."""
+        assert batch.labels is not None
+        hidden = self.language.hidden(self.splice(batch), batch.attention_mask)
+        targets = batch.labels[:, 1:]
+        supervised = targets != IGNORE
+        logits = self.language.logits(hidden[:, :-1][supervised])
+        return nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+
+    def _sees_gradient(self) -> bool:
+        return any(p.requires_grad for part in (self.vision, self.connector) for p in part.parameters())
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, max_new_tokens: int) -> list[list[int]]:
+        """Greedy answers to left-padded prompts, without the end token."""
+        answers = self.language.hf.generate(
+            inputs_embeds=self.splice(batch),
+            attention_mask=batch.attention_mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            eos_token_id=self.end_ids,
+            pad_token_id=self.language.pad_id,
+        )
+        return [_until(row.tolist(), self.end_ids) for row in answers]
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Ids that end an answer: the one the chat format teaches, and the tokenizer's own."""
+        labels = self.chat.encode([Turn("user", "a"), Turn("assistant", "b")])[1]
+        taught = [label for label in labels if label != IGNORE][-1]
+        own = self.language.tokenizer.eos_token_id
+        return [taught] if own in (None, taught) else [taught, own]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes a model folder: what was trained, the adapters, and where everything else comes from."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        described: dict[str, Any] = {"mmtune": FORMAT_VERSION}
+        for name in PARTS:
+            options = to_dict(getattr(self.options, name))
+            options.pop("config", None)
+            options.pop("tokenizer", None)
+            if options.get("weights") is None:
+                self.part(name).save(folder / name)  # type: ignore[operator]
+                options["weights"] = name
+                if name == "vision":
+                    options["layer"] = -1  # the layers above were never loaded
+            else:
+                options["weights"] = _relative(options["weights"], folder)
+            if name in self.adapters:
+                self.adapters[name].save_pretrained(folder / "adapter" / name)
+                options["adapter"] = f"adapter/{name}"
+            described[name] = options
+        write_json(folder / "config.json", described)
+
+    def save_part(self, name: str, folder: str | Path) -> None:
+        """Writes one part in its family's own format, without an adapter that was attached to it."""
+        if name in self.adapters:
+            raise UserError(f"the {name} has an adapter", mend="Merge it first, or save the whole model.")
+        self.part(name).save(Path(folder))  # type: ignore[operator]
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, dtype: str = "float32", merge: bool = False
+    ) -> VisionLanguageModel:
+        """Restores a model folder, adapters included, through its config alone; the folder's name means nothing.
+
+        merge: adapters are folded into the weights. Raises UserError where a file is missing or broken.
+        """
+        options = read_options(folder)
+        model = assemble(replace(options, dtype=dtype))  # type: ignore[arg-type]
+        for name, adapter in _adapters(Path(folder)).items():
+            model.load_adapter(name, adapter)
+            if merge:
+                model.merge_adapter(name)
+        return model
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Attaches a saved peft adapter to a part, through peft alone."""
+        from peft import PeftModel
+
+        if not (folder / "adapter_config.json").is_file():
+            raise UserError("no adapter_config.json", where=folder)
+        self.adapters[name] = PeftModel.from_pretrained(self.core(name), str(folder))
+
+    def merge_adapter(self, name: str) -> None:
+        """Folds a part's adapter into its weights; the part is saved with the model from then on."""
+        self.adapters.pop(name).merge_and_unload()
+        getattr(self.options, name).weights = None
+
+
+def assemble(options: ModelOptions) -> VisionLanguageModel:
+    """A model from its options: a base folder, parts, or a base with some parts replaced.
+
+    Raises UserError where parts don't fit or weights cannot be loaded.
+    """
+    if options.base is not None:
+        base = read_options(options.base)
+        adapters = _adapters(Path(options.base))
+        given = {name: getattr(options, name) for name in PARTS if getattr(options, name) is not None}
+        model = assemble(replace(base, dtype=options.dtype, **given))
+        for name, adapter in adapters.items():
+            if name not in given:
+                model.load_adapter(name, adapter)
+                model.merge_adapter(name)
+        return model
+    assert options.vision and options.connector and options.language
+    dtype = torch_dtype(options.dtype)
+    vision = _vision(options.vision, dtype)
+    language = _language(options.language, dtype)
+    connector = CONNECTORS.load(options.connector.kind)(vision.width, language.width).to(dtype)
+    if options.connector.weights is not None:
+        connector.load(Path(options.connector.weights))
+    vision_options = replace(options.vision, config=None)
+    language_options = replace(options.language, config=None, tokenizer=None)
+    connector_options = replace(options.connector)
+    made = ModelOptions(None, vision_options, connector_options, language_options, options.dtype)
+    return VisionLanguageModel(vision, connector, language, made)
+
+
+def read_options(folder: str | Path) -> ModelOptions:
+    """The options a model folder was saved with, its relative paths resolved. Raises UserError."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError("no such folder", where=folder)
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or config.get("mmtune") != FORMAT_VERSION:
+        raise UserError("not the config of an mmtune model", where=folder / "config.json")
+    kinds = {"vision": VisionOptions, "connector": ConnectorOptions, "language": LanguageOptions}
+    parts = {}
+    for name, kind in kinds.items():
+        fields = {key: value for key, value in config[name].items() if key != "adapter"}
+        parts[name] = kind(**{**fields, "weights": _resolved(fields["weights"], folder)})
+    return ModelOptions(base=None, **parts)  # type: ignore[arg-type]
+
+
+def _vision(options: VisionOptions, dtype: torch.dtype) -> VisionTower:
+    tower = TOWERS.load(options.tower)
+    if options.weights is not None:
+        return tower.load(options.weights, options.layer, dtype)
+    return tower.create(options.config, options.layer).to(dtype)
+
+
+def _language(options: LanguageOptions, dtype: torch.dtype) -> LanguageModel:
+    if options.weights is not None:
+        return LanguageModel.load(options.weights, options.tokenizer, dtype)
+    assert options.config is not None and options.tokenizer is not None
+    return LanguageModel.create(options.config, options.tokenizer).to(dtype)
+
+
+def _adapters(folder: Path) -> dict[str, Path]:
+    config = read_json(folder / "config.json")
+    return {name: folder / config[name]["adapter"] for name in PARTS if "adapter" in config[name]}
+
+
+def _relative(weights: str, folder: Path) -> str:
+    """A local path as seen from `folder`, so that a project can be moved as a whole; a hub name as it is."""
+    return os.path.relpath(Path(weights).resolve(), folder.resolve()) if Path(weights).exists() else weights
+
+
+def _resolved(weights: str, folder: Path) -> str:
+    local = folder / weights
+    if local.exists():
+        return str(Path(os.path.normpath(local)))
+    if weights.startswith("."):
+        raise UserError(
+            f"the weights it was made from are no longer at {os.path.normpath(local)}",
+            where=folder / "config.json",
+            mend="Put them back, or correct 'weights' there.",
+        )
+    return weights
+
+
+def _until(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
+    stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    return list(ids[:stop])

@@ -1,0 +1,102 @@
+"""What a model is made of: the options of each part and the tables of names. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mmtune.core.table import Table, nearest
+from mmtune.data.chat import FORMATS
+
+PARTS = ("vision", "connector", "language")
+
+TOWERS = Table("vision tower", {"clip": "mmtune.parts.vision.clip:ClipTower"})
+CONNECTORS = Table(
+    "connector",
+    {
+        "linear": "mmtune.parts.connector.linear:LinearConnector",
+        "mlp2x_gelu": "mmtune.parts.connector.mlp:MlpConnector",
+    },
+)
+
+Fault = Callable[..., None]
+
+
+@dataclass
+class VisionOptions:
+    """A vision tower: `weights` (a folder or hub name) or, from scratch, `config` (its own config's fields).
+
+    layer: whose output is taken; -1 is the last, -2 the one before it (LLaVA-1.5).
+    """
+
+    tower: str
+    weights: str | None = None
+    config: dict[str, Any] | None = None
+    layer: int = -2
+    fit: Literal["pad", "crop"] = "pad"
+
+    def check(self, fault: Fault) -> None:
+        if self.tower not in TOWERS.names():
+            fault("tower", f"unknown vision tower '{self.tower}'", nearest(self.tower, TOWERS.names()))
+        if self.layer >= 0:
+            fault("layer", f"expected a negative number, found {self.layer}", "-2 is LLaVA-1.5's choice.")
+        _weights_or_config(self.weights, self.config, fault)
+
+
+@dataclass
+class ConnectorOptions:
+    """A connector: new and random, or with `weights` (a folder written by mmtune)."""
+
+    kind: str
+    weights: str | None = None
+
+    def check(self, fault: Fault) -> None:
+        if self.kind not in CONNECTORS.names():
+            fault("kind", f"unknown connector '{self.kind}'", nearest(self.kind, CONNECTORS.names()))
+
+
+@dataclass
+class LanguageOptions:
+    """A causal language model of transformers: `weights`, or from scratch `config` with `tokenizer`."""
+
+    weights: str | None = None
+    config: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    chat: str = "template"
+
+    def check(self, fault: Fault) -> None:
+        if self.chat not in FORMATS:
+            fault("chat", f"unknown chat format '{self.chat}'", nearest(self.chat, list(FORMATS)))
+        _weights_or_config(self.weights, self.config, fault)
+        if self.config is not None and self.tokenizer is None:
+            fault("", "a language model from scratch needs a 'tokenizer'")
+
+
+@dataclass
+class ModelOptions:
+    """A model folder as `base`, or the three parts; a part given beside `base` takes its place."""
+
+    base: str | None = None
+    vision: VisionOptions | None = None
+    connector: ConnectorOptions | None = None
+    language: LanguageOptions | None = None
+    dtype: Literal["float32", "bfloat16"] = field(default="float32")
+
+    def check(self, fault: Fault) -> None:
+        if self.base is None:
+            for part in PARTS:
+                if getattr(self, part) is None:
+                    fault(
+                        "", f"neither 'base' nor '{part}' is given", "Name a base model, or all three parts."
+                    )
+        elif Path(self.base).exists() and not (Path(self.base) / "config.json").is_file():
+            fault("base", f"{self.base} holds no config.json", "Name a folder that mmtune saved a model to.")
+        elif not Path(self.base).exists():
+            fault("base", f"there is no folder {self.base}")
+
+
+def _weights_or_config(weights: str | None, config: dict[str, Any] | None, fault: Fault) -> None:
+    if (weights is None) == (config is None):
+        fault("", "give either 'weights' or, to start from scratch, 'config'")

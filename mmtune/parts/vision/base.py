@@ -1,0 +1,50 @@
+"""The contract of a vision tower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class VisionTower(nn.Module):
+    """Pictures in, patch features out.
+
+    A tower declares `width` (of a feature), `tokens` (per picture, without CLS and registers),
+    `image_size`, `patch`, `has_cls`, and the `mean` and `std` its pictures are normalised with. Layers
+    above the one that is used are neither loaded nor run.
+    """
+
+    width: int
+    tokens: int
+    image_size: int
+    patch: int
+    has_cls: bool
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def load(cls, weights: str, layer: int, dtype: torch.dtype) -> VisionTower:
+        """From a folder or hub name, up to `layer`. Raises UserError where a weight is missing."""
+        raise NotImplementedError
+
+    @classmethod
+    def create(cls, config: dict[str, Any], layer: int) -> VisionTower:
+        """With random weights, from the fields of the family's own config."""
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """Writes the family's own format, safetensors only."""
+        raise NotImplementedError
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Features [N, tokens, width] of uint8 pictures [N, 3, image_size, image_size]."""
+        raise NotImplementedError
+
+    def normalise(self, images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """uint8 pictures [N, 3, S, S] -> what the tower's first layer expects, of the same shape."""
+        mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(1, 3, 1, 1)
+        return ((images.float() / 255 - mean) / std).to(dtype)

@@ -1,0 +1,69 @@
+"""CLIP towers of transformers (CLIPVisionModel, also inside a whole CLIPModel checkpoint)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig, CLIPVisionModel
+
+from mmtune.core.errors import UserError
+from mmtune.core.files import read_json
+from mmtune.parts.loading import from_pretrained
+from mmtune.parts.vision.base import VisionTower
+
+# The normalisation of OpenAI's CLIP, used where a checkpoint brings no preprocessor_config.json.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ClipTower(VisionTower):
+    """Patch features of a CLIP tower's hidden layer, without the CLS token."""
+
+    has_cls = True
+
+    def __init__(self, hf: CLIPVisionModel, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.hf = hf
+        self.width = hf.config.hidden_size
+        self.image_size = hf.config.image_size
+        self.patch = hf.config.patch_size
+        self.tokens = (self.image_size // self.patch) ** 2
+        self.mean = (mean[0], mean[1], mean[2])
+        self.std = (std[0], std[1], std[2])
+
+    @classmethod
+    def load(cls, weights: str, layer: int, dtype: torch.dtype) -> ClipTower:
+        config = AutoConfig.from_pretrained(weights)
+        config = config.vision_config if isinstance(config, CLIPConfig) else config
+        if not isinstance(config, CLIPVisionConfig):
+            raise UserError(f"this is a {config.model_type} model, not a CLIP tower", where=weights)
+        _cut(config, layer, weights)
+        hf = from_pretrained(CLIPVisionModel, weights, config=config, dtype=dtype)
+        mean, std = MEAN, STD
+        preprocessor = Path(weights) / "preprocessor_config.json"
+        if preprocessor.is_file():
+            said = read_json(preprocessor)
+            mean, std = said.get("image_mean", mean), said.get("image_std", std)
+        return cls(hf, tuple(mean), tuple(std))
+
+    @classmethod
+    def create(cls, config: dict[str, Any], layer: int) -> ClipTower:
+        made = CLIPVisionConfig(**config)
+        _cut(made, layer, "model.vision.config")
+        return cls(CLIPVisionModel(made), MEAN, STD)
+
+    def save(self, folder: Path) -> None:
+        self.hf.save_pretrained(folder)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        # Not post-normalised: transformers applies post_layernorm to the pooled CLS token only.
+        return self.hf(self.normalise(images, self.hf.dtype)).last_hidden_state[:, 1:]
+
+
+def _cut(config: CLIPVisionConfig, layer: int, where: str) -> None:
+    layers = config.num_hidden_layers + 1 + layer
+    if layers < 1:
+        raise UserError(f"layer {layer} of a tower with {config.num_hidden_layers} layers", where=where)
+    config.num_hidden_layers = layers

@@ -1,0 +1,125 @@
+"""The contract of a tuner: how one part of the model is trained.
+
+A tuner's file holds its options (a dataclass whose `tuner` is its name) and its class, and imports
+torch and peft only inside functions, so that the faults of a config are found without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
+
+from mmtune.core.table import Table
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from mmtune.parts.model import VisionLanguageModel
+
+Fault = Callable[..., None]
+
+# The options class of each tuner; its `make()` gives the tuner itself.
+TUNERS = Table(
+    "tuner",
+    {
+        "frozen": "mmtune.tuning.frozen:FrozenOptions",
+        "full": "mmtune.tuning.full:FullOptions",
+        "lora": "mmtune.tuning.lora:LoraOptions",
+        "lorasculpt": "mmtune.tuning.sculpt:SculptOptions",
+    },
+)
+
+
+@dataclass
+class PenaltyOptions:
+    """A penalty on weights, added to the task's loss with `weight` (alpha or beta of LoRASculpt).
+
+    omega: of the retention mask. modules: which adapted modules it falls on, all of them or those that
+    are pruned; over several it is their mean.
+    """
+
+    weight: float
+    kind: Literal["conflict"] = "conflict"
+    omega: float = 1.0
+    modules: Literal["all", "pruned"] = "all"
+
+    def check(self, fault: Fault) -> None:
+        if self.weight < 0:
+            fault("weight", f"expected 0 or more, found {self.weight}")
+        if self.omega <= 0:
+            fault("omega", f"expected more than 0, found {self.omega}")
+
+
+@dataclass
+class Row:
+    """One line of the tuning table: a module, by its full name under the part, and how it is tuned."""
+
+    part: str
+    module: str
+    tuner: str
+    parameters: int
+    trained: int
+    lr: float | None = None
+    pruned: bool = False
+    regularised: bool = False
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+class Tuner:
+    """Trains one part. The loop calls `attach` once, `penalty` before the last backward pass of each
+    optimiser step, `after_step` after it; nothing happens between backward and step.
+    """
+
+    def attach(self, model: VisionLanguageModel, part: str) -> list[Row]:
+        """Chooses what trains, in place. Returns the part's rows of the tuning table."""
+        raise NotImplementedError
+
+    def penalty(self) -> torch.Tensor | None:
+        """The weighted penalty on this part, a scalar to add to the loss; None where there is none."""
+        return None
+
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Called once `step` optimiser steps are done."""
+
+    def start(self, steps: int) -> None:
+        """Called once the length of the run in optimiser steps is known. Raises UserError where it is too short."""
+
+    def densities(self) -> dict[str, float]:
+        """What to log about sparsity."""
+        return {}
+
+    def finish(self) -> None:
+        """Called after the last step. Raises RuntimeError where what was promised did not happen."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Tensors beside the weights that a resumed run needs."""
+        return {}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Restores what `state` gave."""
+
+
+def rows_of(part: str, core: nn.Module, tuner: str, lr: float | None, regularised: bool = False) -> list[Row]:
+    """A row for each module that holds parameters of its own."""
+    rows = []
+    for name, module in core.named_modules():
+        own = list(module.parameters(recurse=False))
+        if own:
+            trained = sum(p.numel() for p in own if p.requires_grad)
+            matrix = any(p.ndim == 2 for p in own)
+            rows.append(
+                Row(
+                    part,
+                    name,
+                    tuner,
+                    sum(p.numel() for p in own),
+                    trained,
+                    lr if trained else None,
+                    regularised=regularised and matrix,
+                )
+            )
+    return rows

@@ -1,0 +1,169 @@
+"""Low-rank adapters of peft on chosen linear layers of a part, with an optional conflict penalty."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, Literal
+
+from mmtune.core.errors import Fault as FaultLine
+from mmtune.core.errors import UserError
+from mmtune.tuning.base import Fault, PenaltyOptions, Row, Tuner
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from mmtune.parts.model import VisionLanguageModel
+
+
+@dataclass
+class LoraOptions:
+    """dW = (alpha / rank) B A.
+
+    targets: `all-linear` (each linear layer of the part but the head), or full module names under the
+    part, with * for any part of a name: `model.layers.*.self_attn.q_proj`.
+    """
+
+    lr: float
+    tuner: Literal["lora"] = "lora"
+    rank: int = 32
+    alpha: float = 64
+    dropout: float = 0.0
+    targets: str | list[str] = "all-linear"
+    penalty: PenaltyOptions | None = None
+
+    def check(self, fault: Fault) -> None:
+        check_lora(self, fault)
+        if self.penalty and self.penalty.modules == "pruned":
+            fault("penalty.modules", "nothing is pruned by this tuner", "Use modules: all.")
+
+    def make(self) -> LoraTuner:
+        return LoraTuner(self)
+
+
+def check_lora(options: Any, fault: Fault) -> None:
+    """The faults of the fields that all LoRA tuners share."""
+    if options.lr < 0:
+        fault("lr", f"expected 0 or more, found {options.lr}")
+    if options.rank < 1:
+        fault("rank", f"expected 1 or more, found {options.rank}")
+    if options.alpha <= 0:
+        fault("alpha", f"expected more than 0, found {options.alpha}")
+    if not 0 <= options.dropout < 1:
+        fault("dropout", f"expected 0 to below 1, found {options.dropout}")
+    if isinstance(options.targets, str) and options.targets != "all-linear":
+        fault("targets", f"expected all-linear or a list of module names, found '{options.targets}'")
+    if options.targets == []:
+        fault("targets", "an empty list: nothing would be tuned")
+
+
+class LoraTuner(Tuner):
+    """Attaches the adapter. `layers` maps a target's full name to its peft layer."""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+        self.layers: dict[str, Any] = {}
+        self.norms: dict[str, torch.Tensor] = {}
+
+    def attach(self, model: VisionLanguageModel, part: str) -> list[Row]:
+        from peft import LoraConfig, get_peft_model
+        from peft.tuners.lora import LoraLayer
+
+        options = self.options
+        core = model.core(part)
+        core.requires_grad_(False)
+        sizes = {
+            name: (tuple(m.weight.shape), _own_size(m))
+            for name, m in core.named_modules()
+            if hasattr(m, "weight")
+        }
+        targets = find_targets(core, options.targets, f"tune.{part}.targets")
+        too_small = [name for name in targets if min(sizes[name][0]) < options.rank]
+        if too_small:
+            raise UserError(
+                f"rank {options.rank} is more than {', '.join(too_small[:3])} can have "
+                f"({' x '.join(map(str, sizes[too_small[0]][0]))})",
+                where=f"tune.{part}.rank",
+            )
+        config = LoraConfig(
+            r=options.rank,
+            lora_alpha=options.alpha,  # type: ignore[arg-type]
+            lora_dropout=options.dropout,
+            target_modules=targets,
+            task_type="CAUSAL_LM" if part == "language" else None,
+        )
+        model.adapters[part] = get_peft_model(core, config)  # type: ignore[arg-type]
+        self.layers = {name: m for name, m in core.named_modules() if isinstance(m, LoraLayer)}
+        if sorted(self.layers) != sorted(targets):
+            raise RuntimeError(f"peft adapted {sorted(self.layers)}, asked for were {targets}")
+        return self._rows(part, core)
+
+    def pair(self, name: str) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+        """A (r x q) and B (p x r) of a target."""
+        layer = self.layers[name]
+        return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+    def penalty(self) -> torch.Tensor | None:
+        import torch
+
+        from mmtune.tuning.penalty import conflict_penalty, frobenius
+
+        penalty = self.options.penalty
+        if not penalty:
+            return None
+        values = []
+        for name, layer in self.layers.items():
+            weight = layer.get_base_layer().weight
+            if name not in self.norms:
+                self.norms[name] = frobenius(weight)
+            values.append(conflict_penalty(weight, *self.pair(name), penalty.omega, self.norms[name]))
+        return penalty.weight * torch.stack(values).mean()
+
+    def _rows(self, part: str, core: nn.Module) -> list[Row]:
+        pruned = self.options.tuner == "lorasculpt"
+        rows = []
+        for name, layer in self.layers.items():
+            trained = sum(p.numel() for p in self.pair(name))
+            total = _own_size(layer.get_base_layer()) + trained
+            rows.append(
+                Row(
+                    part,
+                    name,
+                    self.options.tuner,
+                    total,
+                    trained,
+                    self.options.lr,
+                    pruned,
+                    bool(self.options.penalty),
+                )
+            )
+        adapted = tuple(f"{name}." for name in self.layers)
+        for name, module in core.named_modules():
+            if _own_size(module) and not f"{name}.".startswith(adapted):
+                rows.append(Row(part, name, "frozen", _own_size(module), 0))
+        return rows
+
+
+def find_targets(core: nn.Module, wanted: str | list[str], where: str) -> list[str]:
+    """The full names of the linear layers that are meant. Raises UserError for a name that matches none."""
+    from torch import nn
+
+    linear = [name for name, module in core.named_modules() if isinstance(module, nn.Linear)]
+    if isinstance(wanted, str):
+        head = getattr(core, "get_output_embeddings", lambda: None)()
+        return [name for name in linear if core.get_submodule(name) is not head]
+    faults = [
+        FaultLine(
+            f"'{pattern}' is no linear layer of this part", where, f"It has {', '.join(linear[:8])} ..."
+        )
+        for pattern in wanted
+        if not any(fnmatchcase(name, pattern) for name in linear)
+    ]
+    if faults:
+        raise UserError.of(faults)
+    return [name for name in linear if any(fnmatchcase(name, pattern) for pattern in wanted)]
+
+
+def _own_size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters(recurse=False))

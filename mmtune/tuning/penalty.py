@@ -1,0 +1,108 @@
+"""The conflict penalty of LoRASculpt in closed form, one tile of memory.
+
+For a frozen weight W (p x q) and an update D the penalty is N = ||M * D||_F with the retention mask
+M = tanh(omega * |1 / ln(|W| / ||W||_F + 1e-15)|): large weights are taken to carry general knowledge,
+and an update that falls on them costs more. With D = B A and G = M^2 * D
+
+    dN/dB = G A^T / N        dN/dA = B^T G / N        N^2 = <B, G A^T>
+
+so one pass over tiles of W gives the value and both gradients, and nothing of size p x q is kept.
+Where D = 0 (B before its first step) value and gradients are 0. An all-zero W has M = 0.
+Source: Liang et al., LoRASculpt, CVPR 2025, arXiv 2503.16843.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+TILE_ENTRIES = 1 << 20
+
+
+def retention_mask_squared(tile: torch.Tensor, norm: torch.Tensor, omega: float) -> torch.Tensor:
+    """M^2 for some rows of W [t, q], given ||W||_F of the whole; 0 where W is all zero."""
+    ratio = tile.abs().div_(torch.where(norm > 0, norm, torch.ones_like(norm))).add_(1e-15)
+    # At |W| = ||W||_F the logarithm is 0 and M = tanh(inf) = 1, which the formula gives by itself.
+    mask = ratio.log_().reciprocal_().abs_().mul_(omega).tanh_().square_()
+    return mask if bool(norm > 0) else mask.zero_()
+
+
+def frobenius(weight: torch.Tensor) -> torch.Tensor:
+    """||W||_F, accumulated in fp32 or better."""
+    return torch.linalg.vector_norm(weight.detach(), dtype=_precision(weight))
+
+
+def conflict_penalty(
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    omega: float = 1.0,
+    norm: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """||M * (B A)||_F as a scalar with gradients for lora_a and lora_b.
+
+    weight: frozen, p x q, any float type. lora_a: r x q. lora_b: p x r. norm: ||weight||_F where it is
+    known already. Computed in fp32, or fp64 where the adapter is.
+    """
+    return _Conflict.apply(
+        weight.detach(), lora_a, lora_b, omega, frobenius(weight) if norm is None else norm
+    )
+
+
+class _Conflict(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, omega: float, norm: torch.Tensor
+    ) -> torch.Tensor:
+        dtype = _precision(a)
+        # Autocast would carry the products out in bf16, where most of this penalty's gradient is rounded away.
+        with torch.autocast(a.device.type, enabled=False):
+            a_, b_ = a.detach().to(dtype), b.detach().to(dtype)
+            grad_a, grad_b = torch.zeros_like(a_), torch.empty_like(b_)
+            rows = max(1, TILE_ENTRIES // weight.shape[1])
+            for start in range(0, weight.shape[0], rows):
+                part = slice(start, start + rows)
+                g = retention_mask_squared(weight[part].to(dtype, copy=True), norm.to(dtype), omega)
+                g.mul_(b_[part] @ a_)
+                grad_b[part] = g @ a_.T
+                grad_a.addmm_(b_[part].T, g)
+            value = (b_ * grad_b).sum().clamp_min(0).sqrt()
+            scale = torch.where(value > 0, 1 / value, torch.zeros_like(value))
+            ctx.save_for_backward((grad_a * scale).to(a.dtype), (grad_b * scale).to(b.dtype))
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        grad_a, grad_b = ctx.saved_tensors
+        return None, grad * grad_a, grad * grad_b, None, None
+
+
+def drift_penalty(weight: torch.Tensor, initial: torch.Tensor, omega: float = 1.0) -> torch.Tensor:
+    """||M0 * (W - W0)||_F for a weight that trains in full, M0 from its initial value W0; 0 at W = W0.
+
+    weight, initial: p x q. dN/dW = M0^2 * (W - W0) / N.
+    """
+    return _Drift.apply(weight, initial, omega)
+
+
+class _Drift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, initial: torch.Tensor, omega: float) -> torch.Tensor:
+        dtype = _precision(weight)
+        drift = weight.detach().to(dtype) - initial.to(dtype)
+        g = retention_mask_squared(initial.to(dtype, copy=True), frobenius(initial).to(dtype), omega).mul_(
+            drift
+        )
+        value = (g * drift).sum().clamp_min(0).sqrt()
+        scale = torch.where(value > 0, 1 / value, torch.zeros_like(value))
+        ctx.save_for_backward((g * scale).to(weight.dtype))
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        return grad * ctx.saved_tensors[0], None, None
+
+
+def _precision(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -1,0 +1,17 @@
+"""One file per official scorer, all free of torch; `FORMATS` names the annotation formats they read."""
+
+from mmtune.core.table import Table
+from mmtune.evaluation.metrics import exact, gqa, iconqa, vqa
+
+__all__ = ["FORMATS", "exact", "gqa", "iconqa", "vqa"]
+
+# Each entry is a module: read(path, **options) -> questions, RULES (name -> rule), METRIC.
+FORMATS = Table(
+    "annotation format",
+    {
+        "textvqa": "mmtune.evaluation.metrics:vqa",
+        "iconqa": "mmtune.evaluation.metrics:iconqa",
+        "gqa": "mmtune.evaluation.metrics:gqa",
+        "llava_jsonl": "mmtune.evaluation.metrics:exact",
+    },
+)

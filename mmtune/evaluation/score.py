@@ -1,0 +1,282 @@
+"""Scores of files: predictions are matched to the questions of an annotation file, which is the denominator.
+
+A question without a prediction is wrong; a prediction without a question, or a second one for the same
+question, is refused. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from typing import Protocol as Structure
+
+from mmtune.core.errors import UserError
+from mmtune.core.files import read_json, read_jsonl, read_text
+from mmtune.core.table import nearest
+from mmtune.evaluation.metrics import FORMATS
+from mmtune.evaluation.metrics.base import Question, Rule, TaskScore, clustered_stderr, some
+
+
+class Protocol(Structure):
+    """What scoring needs to know of a benchmark's protocol."""
+
+    @property
+    def task(self) -> str: ...
+
+    @property
+    def format(self) -> str:
+        """The annotation format, a name of `FORMATS`."""
+
+    @property
+    def rule(self) -> str:
+        """The rule that is used where none is asked for."""
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Further arguments of the format's `read`, such as IconQA's task and split."""
+
+
+def score_file(
+    protocol: Protocol,
+    predictions: Path,
+    annotations: Path,
+    rule: str | None = None,
+    split: str | None = None,
+) -> TaskScore:
+    """The score of a file of predictions against an official annotation file.
+
+    `rule` and `split` replace the protocol's own. Raises UserError, naming file, line and id, for files
+    that are broken or do not belong together.
+    """
+    find_rule(protocol, rule)
+    questions = read_questions(protocol, annotations, split)
+    return score_predictions(questions, read_predictions(predictions, questions), protocol, rule)
+
+
+def read_questions(protocol: Protocol, annotations: Path, split: str | None = None) -> list[Question]:
+    """The questions of an annotation file in the protocol's format. Raises UserError."""
+    read = FORMATS.load(protocol.format).read
+    options = dict(protocol.options) | ({} if split is None else {"split": split})
+    known = [name for name in inspect.signature(read).parameters if name != "path"]
+    for name in options:
+        if name not in known:
+            raise UserError(
+                f"annotation format '{protocol.format}' has no option '{name}'",
+                where=f"task {protocol.task}",
+                mend=nearest(name, known) if known else "It has no options.",
+            )
+    questions: list[Question] = read(Path(annotations), **options)
+    return questions
+
+
+def find_rule(protocol: Protocol, rule: str | None = None) -> tuple[str, Rule]:
+    """The rule asked for, or the protocol's own, and its name. Raises UserError that lists the known ones."""
+    rules: dict[str, Rule] = FORMATS.load(protocol.format).RULES
+    name = protocol.rule if rule is None else rule
+    if name not in rules:
+        raise UserError(
+            f"unknown rule '{name}' for task '{protocol.task}'", mend=f"Known: {', '.join(sorted(rules))}."
+        )
+    return name, rules[name]
+
+
+def score_predictions(
+    questions: Sequence[Question],
+    predictions: Mapping[str, str],
+    protocol: Protocol,
+    rule: str | None = None,
+) -> TaskScore:
+    """The score of `predictions` (question id -> text) over all `questions`.
+
+    Missing predictions count as wrong. Raises UserError for an id that is no question's, and where there
+    are no questions.
+    """
+    name, score = find_rule(protocol, rule)
+    if not questions:
+        raise UserError("no questions to score", where=f"task {protocol.task}")
+    unknown = predictions.keys() - {question.id for question in questions}
+    if unknown:
+        raise UserError(
+            f"predictions for ids that are not in the annotation file: {some(sorted(unknown))}",
+            mend="Score against the file that the predictions were made for.",
+        )
+    per_question: list[dict[str, Any]] = [
+        {
+            "question_id": question.id,
+            "prediction": predictions.get(question.id),
+            "score": score(question, predictions[question.id]) if question.id in predictions else 0.0,
+            "cluster": question.cluster,
+        }
+        for question in questions
+    ]
+    scores = [row["score"] for row in per_question]
+    stderr = clustered_stderr(scores, [question.cluster for question in questions])
+    missing = [question.id for question in questions if question.id not in predictions]
+    warnings = []
+    if missing:
+        share = f"{len(missing)} of {len(questions)}"
+        warnings.append(f"{share} questions have no prediction and count as wrong: {some(missing)}")
+    return TaskScore(
+        task=protocol.task,
+        rule=name,
+        metric=FORMATS.load(protocol.format).METRIC,
+        score=_points(scores),
+        stderr=None if stderr is None else 100 * stderr,
+        n=len(questions),
+        missing=len(missing),
+        per_question=per_question,
+        by_category=_by_category(questions, scores),
+        warnings=tuple(warnings),
+    )
+
+
+def _points(scores: Sequence[float]) -> float:
+    return 100 * math.fsum(scores) / len(scores)
+
+
+def _by_category(questions: Sequence[Question], scores: Sequence[float]) -> dict[str, dict[str, float]]:
+    members: dict[str, list[float]] = {}
+    for question, score in zip(questions, scores, strict=True):
+        several = (question.category,) if isinstance(question.category, str) else question.category
+        for category in several:
+            if category:
+                members.setdefault(category, []).append(score)
+    return {
+        category: {"score": _points(members[category]), "n": len(members[category])}
+        for category in sorted(members)
+    }
+
+
+class _Row(NamedTuple):
+    where: str
+    id: str
+    text: str | None
+    prompt: str | None
+
+
+def read_predictions(path: Path, questions: Sequence[Question]) -> dict[str, str]:
+    """Question id -> predicted text, from JSONL or a JSON list of answers, or a JSON map of id to text.
+
+    An answer has a `question_id` (GQA: `questionId`), a text under `text` (LLaVA and mmtune), `answer`
+    (VQA, EvalAI) or `prediction` (GQA), and maybe its `prompt`. Where no id is a question's, as in LLaVA's
+    answers to TextVQA, which carry the image's id, answers are matched by image and question: the first
+    line of the prompt, but for case.
+    A text of null is no prediction (`mmtune score --per_sample` writes it for a missing one).
+    Raises UserError, naming lines and ids, for answers that belong to no question and for second ones.
+    """
+    rows = _read_rows(Path(path))
+    known = {question.id for question in questions}
+    if any(row.id in known for row in rows):
+        return _matched(path, [(row, row.id if row.id in known else None) for row in rows])
+    without_prompt = [row for row in rows if row.prompt is None]
+    if without_prompt:
+        raise UserError(
+            f"none of its ids is a question's, such as {some(row.id for row in rows[:3])}; "
+            f"the annotation file has {some([question.id for question in questions[:3]])}",
+            where=path,
+            mend="Answers that carry an image's id need their 'prompt', to tell which question they answer; "
+            f"{len(without_prompt)} of {len(rows)} have none.",
+        )
+    by_prompt: dict[tuple[str, str], list[str]] = {}
+    for question in questions:
+        by_prompt.setdefault((question.cluster, _first_line(question.text)), []).append(question.id)
+    matches: list[tuple[_Row, str | None]] = []
+    for row in rows:
+        found = by_prompt.get((row.id, _first_line(row.prompt or "")), [])
+        if len(found) > 1:
+            raise UserError(
+                f"answers several questions: {some(found)} ask the same of image {row.id}",
+                where=row.where,
+                mend="Write the question's own id into question_id.",
+            )
+        matches.append((row, found[0] if found else None))
+    return _matched(path, matches)
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split("\n", 1)[0].rstrip().lower()
+
+
+def _matched(path: Path, matches: Sequence[tuple[_Row, str | None]]) -> dict[str, str]:
+    unknown = [row for row, identity in matches if identity is None]
+    if unknown:
+        raise UserError(
+            f"answers to questions that are not in the annotation file: {some(row.id for row in unknown)}",
+            where=unknown[0].where,
+            mend="Score against the file that the predictions were made for.",
+        )
+    count = Counter(identity for _, identity in matches)
+    again = [row for row, identity in matches if count[identity] > 1]
+    if again:
+        repeated = [identity for identity in count if count[identity] > 1]
+        raise UserError(
+            f"more than one answer to a question: {some(repeated)}",
+            where=f"{path} ({', '.join(row.where.removeprefix(f'{path}, ') for row in again[:4])})",
+            mend="Leave one answer to each question in the file.",
+        )
+    return {identity: row.text for row, identity in matches if identity is not None and row.text is not None}
+
+
+def _read_rows(path: Path) -> list[_Row]:
+    text = read_text(path)
+    pairs = _pairs(text)
+    if pairs and not {"question_id", "questionId"} & {key for key, _ in pairs}:
+        named = [(f"{path}, '{key}'", key, value) for key, value in pairs]
+        rows = [_Row(where, key, _text(value, where), None) for where, key, value in named]
+    elif text.lstrip().startswith("["):
+        rows = [_row(row, f"{path}, [{number}]") for number, row in enumerate(read_json(path))]
+    else:
+        rows = [_row(row, f"{path}, line {line}") for line, row in read_jsonl(path)]
+    if not rows:
+        raise UserError("no predictions in this file", where=path)
+    return rows
+
+
+def _pairs(text: str) -> list[tuple[str, Any]]:
+    """The pairs of a text that is one JSON object, else none.
+
+    A dict would drop the first of two answers to one question in silence.
+    """
+    if not text.lstrip().startswith("{"):
+        return []
+    try:
+        pairs: list[tuple[str, Any]] = json.loads(text, object_pairs_hook=list)
+        return pairs
+    except json.JSONDecodeError:
+        return []
+
+
+def _row(row: Any, where: str) -> _Row:
+    if not isinstance(row, dict):
+        raise UserError(f"expected an object, found {type(row).__name__}", where=where)
+    identity = row.get("question_id", row.get("questionId"))
+    if not isinstance(identity, str | int) or isinstance(identity, bool):
+        raise UserError("it has no 'question_id'", where=where, mend=f"Found: {', '.join(row) or 'nothing'}.")
+    where = f"{where}, question_id {identity}"
+    names = [name for name in ("text", "answer", "prediction") if name in row]
+    # Not the first of several: an answer file that also holds the right answers would score itself.
+    if len(names) != 1:
+        raise UserError(
+            f"expected one of 'text', 'answer' and 'prediction', found {' and '.join(names) or 'none'}",
+            where=where,
+            mend="LLaVA's answer files name the predicted text 'text'.",
+        )
+    prompt = row["prompt"] if isinstance(row.get("prompt"), str) else None
+    return _Row(where, str(identity), _text(row[names[0]], where), prompt)
+
+
+def _text(value: Any, where: str) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise UserError(
+        f"the prediction should be a text, found {json.dumps(value)[:40]}",
+        where=where,
+        mend="An option is given as its letter, its index or its text.",
+    )

@@ -26,7 +26,7 @@ _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eigh
 NUMBERS = {word: str(value) for value, word in enumerate(_NUMBERS)} | {"none": "0"}
 ARTICLES = frozenset({"a", "an", "the"})
 
-# The official processors leave other marks (: ' & $ % # * ~ ^ |) alone, and have a rule of its own for periods.
+# Other marks (: ' & $ % # * ~ ^ |) stay; periods have a rule of their own.
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 _CONTRACTED = """

@@ -157,8 +157,8 @@ class SculptTuner(LoraTuner):
 
 
 def support_size(entries: int, density: float) -> int:
-    """floor(density * entries). Rounded first, since 0.1 * 30 must count as 3 in binary too."""
-    return math.floor(round(density * entries, 6))
+    """k = floor(density * entries)."""
+    return math.floor(density * entries)
 
 
 def largest(tensor: torch.Tensor, density: float) -> torch.Tensor:

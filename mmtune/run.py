@@ -1,0 +1,223 @@
+"""A whole run: its schema, put together from the parts' own options, and how its YAML is read. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mmtune.core.config import Source, chosen_by, parse, to_dict
+from mmtune.core.errors import UserError
+from mmtune.core.table import nearest
+from mmtune.data.cards import load_card
+from mmtune.parts.spec import ModelOptions
+from mmtune.tuning.base import TUNERS
+from mmtune.tuning.frozen import FrozenOptions
+
+Fault = Callable[..., None]
+
+
+@dataclass
+class DataOptions:
+    """Training data: a split of a card, or a LLaVA training file by `path`.
+
+    root: where the card's files lie, instead of the card's own. limit: the first so many samples.
+    image_first: moves `<image>` to the front of its turn, as LLaVA-1.5 does with its data.
+    """
+
+    card: str | None = None
+    split: str = "train"
+    root: Path | None = None
+    path: Path | None = None
+    image_root: Path | None = None
+    limit: int | None = None
+    image_first: bool = False
+
+    def check(self, fault: Fault) -> None:
+        if (self.card is None) == (self.path is None):
+            fault("", "give either 'card' or 'path'")
+            return
+        if self.limit is not None and self.limit < 1:
+            fault("limit", f"expected 1 or more, found {self.limit}")
+        if self.card is not None:
+            try:
+                card = load_card(self.card)
+            except UserError as error:
+                fault("card", error.faults[0].what, error.faults[0].mend)
+                return
+            if self.split not in card.splits:
+                mend = nearest(self.split, list(card.splits)) if card.splits else "It has none to train on."
+                fault("split", f"the card {self.card} has no split '{self.split}'", mend)
+                return
+        file = self.file()
+        if not file.is_file():
+            mend = "mmtune data prepare tiny makes the tiny world." if self.card else ""
+            fault("card" if self.card else "path", f"there is no file {file}", mend)
+
+    def file(self) -> Path:
+        """The LLaVA training file."""
+        if self.path is not None:
+            return self.path
+        card = load_card(str(self.card))
+        return (self.root or card.root) / card.splits[self.split]
+
+    def images(self) -> Path:
+        """The folder the file's picture paths are relative to."""
+        if self.image_root is not None:
+            return self.image_root
+        if self.path is not None:
+            return self.path.parent
+        card = load_card(str(self.card))
+        return (self.root or card.root) / card.images
+
+
+@dataclass
+class TuneOptions:
+    """A tuner for each part."""
+
+    vision: Any = field(default_factory=FrozenOptions, metadata=chosen_by("tuner", TUNERS, "frozen"))
+    connector: Any = field(default_factory=FrozenOptions, metadata=chosen_by("tuner", TUNERS, "frozen"))
+    language: Any = field(default_factory=FrozenOptions, metadata=chosen_by("tuner", TUNERS, "frozen"))
+
+
+@dataclass
+class CheckpointOptions:
+    """A checkpoint every so many optimiser steps, of which the newest `keep` stay."""
+
+    every: int = 200
+    keep: int = 2
+
+    def check(self, fault: Fault) -> None:
+        for name in ("every", "keep"):
+            if getattr(self, name) < 1:
+                fault(name, f"expected 1 or more, found {getattr(self, name)}")
+
+
+@dataclass
+class TrainOptions:
+    """How long, in what batches, on what schedule.
+
+    batch_size: samples per optimiser step, over all processes. micro_batch_size: samples per forward
+    pass. warmup: fraction of the run. max_length: tokens, pictures included. too_long: what happens to
+    a longer sample; it is never cut.
+    """
+
+    batch_size: int
+    micro_batch_size: int | None = None
+    epochs: float | None = None
+    steps: int | None = None
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.03
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    max_length: int = 2048
+    too_long: Literal["error", "skip"] = "error"
+    log_every: int = 10
+    workers: int = 0
+    activation_checkpointing: bool = False
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    engine: Literal["single"] = "single"
+
+    def check(self, fault: Fault) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            fault("", "give either 'epochs' or 'steps'")
+        for name in ("batch_size", "micro_batch_size", "steps", "max_length", "log_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                fault(name, f"expected 1 or more, found {value}")
+        for name in ("epochs", "clip"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                fault(name, f"expected more than 0, found {value}")
+        if self.workers < 0:
+            fault("workers", f"expected 0 or more, found {self.workers}")
+        if self.weight_decay < 0:
+            fault("weight_decay", f"expected 0 or more, found {self.weight_decay}")
+        if not 0 <= self.warmup < 1:
+            fault("warmup", f"expected 0 to below 1, found {self.warmup}")
+        micro = self.micro_batch_size or self.batch_size
+        if micro >= 1 and self.batch_size % micro:
+            fault(
+                "micro_batch_size",
+                f"batch_size {self.batch_size} is no multiple of {micro}",
+                "One process times micro_batch_size times accumulation must give batch_size.",
+            )
+
+
+@dataclass
+class EvaluateOptions:
+    """The suite to run, with its tasks on `split`; at_end: when the training is done."""
+
+    suite: str
+    at_end: bool = True
+    split: str = "test"
+    batch_size: int = 32
+    limit: int | None = None
+    root: Path | None = None
+
+
+@dataclass
+class Stage:
+    """One training: data, tuners, schedule."""
+
+    data: list[DataOptions]
+    train: TrainOptions
+    tune: TuneOptions = field(default_factory=TuneOptions)
+    name: str = ""
+
+
+@dataclass
+class RunOptions:
+    """A run: a model, and one training or a list of `stages`, each of which starts from the one before."""
+
+    name: str
+    model: ModelOptions
+    seed: int = 0
+    data: list[DataOptions] | None = None
+    tune: TuneOptions | None = None
+    train: TrainOptions | None = None
+    stages: list[Stage] | None = None
+    evaluate: EvaluateOptions | None = None
+    output: Path = Path("runs")
+
+    def check(self, fault: Fault) -> None:
+        single = {"data": self.data, "tune": self.tune, "train": self.train}
+        if self.stages is None:
+            for name, value in single.items():
+                if not value:
+                    fault("", f"'{name}' is missing", "Or give 'stages'.")
+        else:
+            for name, value in single.items():
+                if value is not None:
+                    fault(name, f"'{name}' and 'stages' exclude each other")
+            if not self.stages:
+                fault("stages", "an empty list")
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            fault("name", f"'{self.name}' cannot be the name of a folder")
+
+    @property
+    def folder(self) -> Path:
+        return self.output / self.name
+
+    def all_stages(self) -> list[Stage]:
+        """The stages, also where there is only one."""
+        if self.stages is not None:
+            return self.stages
+        assert self.data and self.train and self.tune
+        return [Stage(self.data, self.train, self.tune)]
+
+
+def read_run(path: Path, overrides: list[str] | None = None) -> RunOptions:
+    """A run from its YAML and `key=value` overrides. Raises UserError with every fault at once."""
+    return parse(RunOptions, Source(path, overrides))
+
+
+def config_hash(options: RunOptions) -> str:
+    """The first 16 hex digits of the SHA-256 of everything that decides the result."""
+    described = to_dict(options)
+    for key in ("name", "output", "evaluate"):
+        described.pop(key, None)
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,280 @@
+"""The training loop, top to bottom."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import platform
+import shutil
+from collections.abc import Iterable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+
+from mmtune.core.config import to_dict
+from mmtune.core.errors import UserError
+from mmtune.core.files import read_json, write_json, write_text
+from mmtune.data.batches import Batch, Example, batch_order, collate, encode_samples
+from mmtune.data.chat import IGNORE
+from mmtune.data.samples import image_first, read_llava
+from mmtune.parts.model import VisionLanguageModel, assemble
+from mmtune.parts.spec import PARTS, ModelOptions
+from mmtune.run import RunOptions, Stage, config_hash
+from mmtune.training.checkpoint import cut_metrics, load_checkpoint, newest, prune_old, save_checkpoint
+from mmtune.training.meter import Meter
+from mmtune.training.optim import make_optimizer, schedule_factor, set_rates
+from mmtune.tuning.base import Row, Tuner
+
+
+def train(options: RunOptions, resume: bool = False) -> Path:
+    """Runs every stage and returns the folder of the final model.
+
+    Each stage ends as a model folder from which the next one starts. Raises UserError where the run's
+    folder already holds a run and `resume` is not given, or a resumed run's config has changed.
+    """
+    folder = options.folder
+    _open_folder(options, resume)
+    stages = options.all_stages()
+    base: ModelOptions = options.model
+    first_step = 0
+    for number, stage in enumerate(stages, start=1):
+        last = number == len(stages)
+        done = folder / "final" if last else folder / f"stage-{number}"
+        if (done / "config.json").is_file():
+            first_step = read_json(done / "trained.json")["step"]
+        else:
+            first_step = _train_stage(options, number, stage, base, first_step, done)
+        base = ModelOptions(base=str(done), dtype=options.model.dtype)
+    return folder / "final"
+
+
+def _train_stage(
+    options: RunOptions, number: int, stage: Stage, base: ModelOptions, first_step: int, done: Path
+) -> int:
+    folder, settings = options.folder, stage.train
+    torch.manual_seed(options.seed)
+    accelerator = Accelerator(mixed_precision="bf16" if options.model.dtype == "bfloat16" else "no")
+    model = assemble(base)
+    tuners, rates = _attach(model, stage, folder, number)
+    if settings.activation_checkpointing:
+        for part in (model.vision, model.language):
+            part.hf.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[union-attr,operator]
+
+    examples, data_hash = _read_examples(model, stage)
+    plan = _plan(examples, stage, options.seed)
+    steps = len(plan)
+    for tuner in tuners.values():
+        tuner.start(steps)
+
+    optimizer = make_optimizer(model, rates, settings.weight_decay)
+    start = 0
+    checkpoints = folder / "checkpoints"
+    found = newest(checkpoints)
+    if found is not None and read_json(found / "training/state.json")["stage"] == number:
+        start = load_checkpoint(found, model, optimizer, tuners)["stage_step"]
+    cut_metrics(folder / "metrics.jsonl", first_step + start)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
+    state = {"stage": number, "config": config_hash(options), "data": data_hash, "versions": versions()}
+
+    # The loader runs ahead of the steps; the plan says which samples make up which step.
+    loader = DataLoader(
+        examples,  # type: ignore[arg-type]
+        batch_sampler=[micro for step in plan[start:] for micro in step],
+        collate_fn=partial(collate, transform=model.transform, pad_id=model.language.pad_id),
+        num_workers=settings.workers,
+    )
+    batches = iter(loader)
+    label = (
+        options.name
+        if len(options.all_stages()) == 1
+        else f"{options.name}, {stage.name or f'stage {number}'}"
+    )
+    with Meter(folder / "metrics.jsonl", label, start, steps) as meter:
+        for step in range(start, steps):
+            micros = [next(batches).to(accelerator.device) for _ in plan[step]]
+            supervised = sum(int((micro.labels[:, 1:] != IGNORE).sum()) for micro in micros)
+            log = step == 0 or (step + 1) % settings.log_every == 0 or step + 1 == steps
+            line: dict[str, Any] = {"step": first_step + step + 1, "stage": number}
+            set_rates(optimizer, schedule_factor(settings.schedule, step, steps, settings.warmup))
+            line |= {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
+
+            task_loss = 0.0
+            penalty_gradients: dict[torch.Tensor, torch.Tensor] = {}
+            for i, micro in enumerate(micros):
+                # Weighted by supervised tokens: the step's loss is their mean, however it is split.
+                loss = wrapped(micro) / supervised
+                task_loss += loss.item()
+                if i == len(micros) - 1:  # penalties count once per optimiser step
+                    penalties = {
+                        part: p for part, tuner in tuners.items() if (p := tuner.penalty()) is not None
+                    }
+                    if penalties and log:
+                        line |= {f"penalty_{part}": penalty.item() for part, penalty in penalties.items()}
+                        penalty_gradients = _gradients(torch.stack(list(penalties.values())).sum(), model)
+                    for penalty in penalties.values():
+                        loss = loss + penalty
+                accelerator.backward(loss)
+            _stop_if_not_finite(task_loss, first_step + step + 1, micros)
+            if penalty_gradients:
+                of_task = [p.grad - g for p, g in penalty_gradients.items() if p.grad is not None]
+                line |= {
+                    "penalty_grad_norm": _norm(penalty_gradients.values()),
+                    "task_grad_norm": _norm(of_task),
+                }
+            line["grad_norm"] = float(accelerator.clip_grad_norm_(model.parameters(), settings.clip))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            for tuner in tuners.values():
+                tuner.after_step(step + 1, optimizer)
+
+            positions = sum(int(micro.attention_mask.sum()) for micro in micros)
+            meter.step(step + 1, task_loss, sum(map(len, plan[step])), positions)
+            if log:
+                densities = {
+                    name: value for tuner in tuners.values() for name, value in tuner.densities().items()
+                }
+                meter.log({**line, "loss": task_loss, **densities})
+            if (step + 1) % settings.checkpoint.every == 0 and step + 1 < steps:
+                now = {**state, "step": first_step + step + 1, "stage_step": step + 1}
+                save_checkpoint(checkpoints / f"step-{now['step']}", model, optimizer, tuners, now)
+                prune_old(checkpoints, settings.checkpoint.keep)
+    for tuner in tuners.values():
+        tuner.finish()
+    _save_model(
+        model, done, {**state, "step": first_step + steps, "name": options.name, "seed": options.seed}
+    )
+    accelerator.free_memory()
+    return first_step + steps
+
+
+def _open_folder(options: RunOptions, resume: bool) -> None:
+    folder, described = options.folder, to_dict(options)
+    saved = folder / "run.yaml"
+    if not saved.is_file():
+        write_text(saved, yaml.safe_dump(described, sort_keys=False))
+        return
+    if not resume:
+        raise UserError(
+            "this folder already holds a run",
+            where=folder,
+            mend="Go on with --resume, or give it another name, or remove the folder.",
+        )
+    before = yaml.safe_load(saved.read_text())
+    changed = sorted(key for key in before.keys() | described.keys() if before.get(key) != described.get(key))
+    changed = [key for key in changed if key != "evaluate"]
+    if changed:
+        raise UserError(
+            f"the config differs from the one this run was started with, in: {', '.join(changed)}",
+            where=saved,
+            mend="Resume with the same config, or start a run of another name.",
+        )
+
+
+def _attach(
+    model: VisionLanguageModel, stage: Stage, folder: Path, number: int
+) -> tuple[dict[str, Tuner], dict[str, float]]:
+    tuners = {part: getattr(stage.tune, part).make() for part in PARTS}
+    rows = [row for part, tuner in tuners.items() for row in tuner.attach(model, part)]
+    rates = {row.part: row.lr for row in rows if row.lr is not None}
+    table = folder / "tuning_table.json"
+    before = [row for row in read_json(table) if row["stage"] < number] if table.is_file() else []
+    write_json(table, before + [{"stage": number, **row.to_dict()} for row in rows])
+    print_tuning_table(rows)
+    return tuners, rates
+
+
+def print_tuning_table(rows: list[Row]) -> None:
+    """One line per part and way of tuning; every module is in tuning_table.json."""
+    table = Table(title="What trains")
+    for heading in ("part", "tuner", "modules", "trained", "of", "lr", "pruned", "regularised"):
+        table.add_column(
+            heading, justify="right" if heading in ("modules", "trained", "of", "lr") else "left"
+        )
+    for part in PARTS:
+        for tuner in dict.fromkeys(row.tuner for row in rows if row.part == part):
+            mine = [row for row in rows if row.part == part and row.tuner == tuner]
+            table.add_row(
+                part,
+                tuner,
+                str(len(mine)),
+                f"{sum(row.trained for row in mine):,}",
+                f"{sum(row.parameters for row in mine):,}",
+                next((f"{row.lr:g}" for row in mine if row.lr is not None), "-"),
+                f"{sum(row.pruned for row in mine)} modules" if any(row.pruned for row in mine) else "-",
+                f"{sum(row.regularised for row in mine)} modules"
+                if any(row.regularised for row in mine)
+                else "-",
+            )
+    Console(stderr=True).print(table)
+
+
+def _read_examples(model: VisionLanguageModel, stage: Stage) -> tuple[list[Example], str]:
+    """The stage's examples, and a hash of the files they come from."""
+    samples, digest = [], hashlib.sha256()
+    for data in stage.data:
+        read = read_llava(data.file(), data.images(), data.limit)
+        samples += [image_first(sample) for sample in read] if data.image_first else read
+        digest.update(data.file().read_bytes())
+    examples, skipped = encode_samples(samples, model.chat, stage.train.max_length, stage.train.too_long)
+    if skipped:
+        named = ", ".join(skipped[:10]) + (" ..." if len(skipped) > 10 else "")
+        Console(stderr=True).print(f"{len(skipped)} of {len(samples)} samples skipped as too long: {named}")
+    return examples, digest.hexdigest()[:16]
+
+
+def _plan(examples: list[Example], stage: Stage, seed: int) -> list[list[list[int]]]:
+    """For each optimiser step its micro-batches, as indices of examples."""
+    settings = stage.train
+    per_epoch = math.ceil(len(examples) / settings.batch_size)
+    steps = settings.steps or max(1, round(float(settings.epochs or 0) * per_epoch))
+    micro = settings.micro_batch_size or settings.batch_size
+    plan: list[list[list[int]]] = []
+    for epoch in itertools.count():
+        for batch in batch_order(examples, settings.batch_size, seed, epoch):
+            if len(plan) == steps:
+                return plan
+            plan.append([batch[i : i + micro] for i in range(0, len(batch), micro)])
+    raise AssertionError
+
+
+def _gradients(value: torch.Tensor, model: VisionLanguageModel) -> dict[torch.Tensor, torch.Tensor]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    return {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
+
+
+def _norm(tensors: Iterable[torch.Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.float().pow(2).sum()) for tensor in tensors))
+
+
+def _stop_if_not_finite(loss: float, step: int, micros: list[Batch]) -> None:
+    if not math.isfinite(loss):
+        ids = ", ".join(name for micro in micros for name in micro.sample_ids)
+        raise UserError(
+            f"the loss is {loss} at step {step}; the samples were {ids}",
+            mend="Lower the learning rate, or look at these samples. The last checkpoint is untouched.",
+        )
+
+
+def _save_model(model: VisionLanguageModel, folder: Path, trained: dict[str, Any]) -> None:
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    write_json(partial / "trained.json", trained)
+    partial.rename(folder)
+
+
+def versions() -> dict[str, str]:
+    """Of mmtune and of what decides its numbers."""
+    packages = ("mmtune", "torch", "transformers", "peft", "accelerate", "tokenizers", "pillow")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -7,8 +7,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmtune.core.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +43,49 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
     train.set_defaults(run=_train)
 
+    evaluate = commands.add_parser("eval", help="a model's scores on tasks or a suite")
+    evaluate.add_argument(
+        "--model", type=Path, required=True, help="a model folder, for example runs/NAME/final"
+    )
+    what = evaluate.add_mutually_exclusive_group(required=True)
+    what.add_argument("--tasks", help="names with commas between")
+    what.add_argument("--suite", help="the name of a suite, or a YAML file of your own")
+    evaluate.add_argument("--split", default="test")
+    evaluate.add_argument("--output_path", type=Path, required=True)
+    evaluate.add_argument("--batch_size", type=_positive, default=32)
+    evaluate.add_argument("--limit", type=_positive, help="only the first so many questions of each task")
+    evaluate.add_argument("--gen_kwargs", default="", help="max_new_tokens=N, instead of the protocol's")
+    evaluate.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    evaluate.add_argument(
+        "--data_root", type=Path, help="where the data lies, instead of the protocol's root"
+    )
+    evaluate.add_argument("--predict_only", action="store_true", help="write the answers, score nothing")
+    evaluate.set_defaults(run=_eval)
+
+    score = commands.add_parser("score", help="score a file of predictions against official annotations")
+    score.add_argument("--task", required=True)
+    score.add_argument("--predictions", type=Path, required=True, help="JSONL or JSON: question_id and text")
+    score.add_argument("--annotations", type=Path, required=True, help="the annotation file as published")
+    score.add_argument("--rule", help="instead of the protocol's own")
+    score.add_argument("--split", help="of an annotation file that holds several")
+    score.add_argument("--per_sample", type=Path, metavar="FILE", help="write a line per question here")
+    score.set_defaults(run=_score)
+
+    report = commands.add_parser("report", help="what was gained and what was forgotten")
+    report.add_argument(
+        "--base", type=Path, required=True, help="the folder with the base model's evaluation"
+    )
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="runs/NAME")
+    report.add_argument("--suite", required=True)
+    report.add_argument("--split", default="test")
+    report.add_argument("--output_path", type=Path, required=True)
+    report.set_defaults(run=_report)
+
+    sweep = commands.add_parser("sweep", help="train and evaluate a grid of overrides; ends in one report")
+    sweep.add_argument("yaml", type=Path)
+    sweep.add_argument("overrides", nargs="*", metavar="key=value")
+    sweep.set_defaults(run=_sweep)
+
     data = commands.add_parser("data", help="prepare a dataset")
     actions = data.add_subparsers(required=True, metavar="ACTION")
     prepare = actions.add_parser("prepare", help="make what cards and protocols read")
@@ -51,14 +98,111 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {text}")
+    return number
+
+
 def _train(options: argparse.Namespace) -> None:
+    from mmtune.evaluation.protocol import load_suite
     from mmtune.run import read_run
 
     run = read_run(options.yaml, options.overrides)
+    suite = load_suite(run.evaluate.suite) if run.evaluate else None
     from mmtune.training.loop import train
 
-    folder = train(run, resume=options.resume)
-    print(f"trained: {folder}")
+    final = train(run, resume=options.resume)
+    print(f"trained: {final}")
+    if run.evaluate is None or suite is None or not run.evaluate.at_end:
+        return
+    from mmtune.evaluation.evaluate import evaluate, print_results
+
+    place = run.folder / "eval" / f"{suite.name}-{run.evaluate.split}"
+    made = evaluate(
+        final,
+        [*suite.source, *suite.target],
+        place,
+        split=run.evaluate.split,
+        batch_size=run.evaluate.batch_size,
+        limit=run.evaluate.limit,
+        root=run.evaluate.root,
+    )
+    print_results(made, _console())
+    print(f"evaluated: {place / 'results.json'}")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from mmtune.evaluation.protocol import load_protocol, load_suite
+
+    if options.suite:
+        suite = load_suite(options.suite)
+        tasks = [*suite.source, *suite.target]
+    else:
+        tasks = options.tasks.split(",")
+    for task in tasks:
+        load_protocol(task)
+    from mmtune.evaluation.evaluate import evaluate, print_results
+    from mmtune.evaluation.generate import parse_gen_kwargs
+
+    made = evaluate(
+        options.model,
+        tasks,
+        options.output_path,
+        split=options.split,
+        batch_size=options.batch_size,
+        limit=options.limit,
+        root=options.data_root,
+        max_new_tokens=parse_gen_kwargs(options.gen_kwargs),
+        dtype=options.dtype,
+        predict_only=options.predict_only,
+    )
+    if not options.predict_only:
+        print_results(made, _console())
+    print(f"written: {options.output_path}")
+
+
+def _score(options: argparse.Namespace) -> None:
+    from mmtune.core.files import write_text
+    from mmtune.evaluation.protocol import load_protocol
+    from mmtune.evaluation.score import score_file
+
+    protocol = load_protocol(options.task)
+    splits = list(protocol.annotations)
+    split = options.split or ("test" if "test" in splits else splits[-1])
+    score = score_file(protocol.for_split(split), options.predictions, options.annotations, options.rule)
+    for warning in score.warnings:
+        print(f"mmtune: warning: {warning}", file=sys.stderr)
+    if options.per_sample:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in score.per_question)
+        write_text(options.per_sample, lines)
+    print(json.dumps(score.summary(), indent=2, ensure_ascii=False))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from mmtune.evaluation.protocol import load_suite
+    from mmtune.evaluation.report import make_report, print_report
+
+    suite = load_suite(options.suite)
+    report = make_report(options.base, options.runs, suite, options.split, options.output_path)
+    print_report(report, _console())
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from mmtune.evaluation.report import print_report
+    from mmtune.experiments.sweep import read_sweep, run_sweep
+
+    read_sweep(options.yaml, options.overrides)
+    report = run_sweep(options.yaml, options.overrides)
+    print_report(report, _console())
+    print(f"best: {report['best']}")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
 
 
 def _prepare(options: argparse.Namespace) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import platform
 import shutil
 from collections.abc import Iterable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from torch.utils.data import DataLoader
 from mmtune.core.config import to_dict
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, write_json, write_text
+from mmtune.core.versions import versions
 from mmtune.data.batches import Batch, Example, batch_order, collate, encode_samples
 from mmtune.data.chat import IGNORE
 from mmtune.data.samples import image_first, read_llava
@@ -272,9 +271,3 @@ def _save_model(model: VisionLanguageModel, folder: Path, trained: dict[str, Any
     model.save_pretrained(partial)
     write_json(partial / "trained.json", trained)
     partial.rename(folder)
-
-
-def versions() -> dict[str, str]:
-    """Of mmtune and of what decides its numbers."""
-    packages = ("mmtune", "torch", "transformers", "peft", "accelerate", "tokenizers", "pillow")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -1,0 +1,80 @@
+"""A grid of overrides -> runs, each trained and evaluated; finished ones are skipped; ends in one report."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mmtune.core.config import Source, parse
+from mmtune.core.errors import UserError
+from mmtune.run import RunOptions, read_run
+
+
+@dataclass
+class SweepOptions:
+    """run: the YAML that is varied, relative to the sweep's. grid: a list of values for each dotted key.
+
+    The best run is the one with the highest `choose` on `split` of `suite`: never choose on test.
+    """
+
+    name: str
+    run: Path
+    base: Path
+    grid: dict[str, list[Any]]
+    suite: str
+    split: str = "val"
+    choose: Literal["source", "target", "mean", "harmonic_mean"] = "mean"
+    output: Path = Path("runs")
+
+    def check(self, fault: Any) -> None:
+        if not self.grid:
+            fault("grid", "an empty grid")
+        for key, values in self.grid.items():
+            if not values:
+                fault(f"grid.{key}", "no values")
+
+
+def read_sweep(path: Path, overrides: list[str] | None = None) -> tuple[SweepOptions, list[RunOptions]]:
+    """The sweep and its runs. Raises UserError with the faults of the sweep or of any run."""
+    options: SweepOptions = parse(SweepOptions, Source(path, overrides))
+    run_file = path.parent / options.run
+    runs = []
+    for values in itertools.product(*options.grid.values()):
+        chosen = dict(zip(options.grid, values, strict=True))
+        short = "_".join(f"{key.rpartition('.')[2]}{_short(value)}" for key, value in chosen.items())
+        settings = [f"{key}={value}" for key, value in chosen.items()]
+        places = [f"name={options.name}_{short}", f"output={options.output / options.name}"]
+        runs.append(read_run(run_file, settings + places))
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        raise UserError("two points of the grid have the same name", where=path)
+    return options, runs
+
+
+def run_sweep(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Trains and evaluates what is not finished yet, then reports. Returns the report, with `best`: a name."""
+    from mmtune.evaluation.evaluate import evaluate
+    from mmtune.evaluation.protocol import load_suite
+    from mmtune.evaluation.report import make_report
+    from mmtune.training.loop import train
+
+    options, runs = read_sweep(path, overrides)
+    suite = load_suite(options.suite)
+    tasks = [*suite.source, *suite.target]
+    folder = options.output / options.name
+    evaluation = Path("eval") / f"{suite.name}-{options.split}"
+    base = folder / "base"
+    for model, place in [(options.base, base)] + [(run.folder / "final", run.folder) for run in runs]:
+        if place != base and not (model / "config.json").is_file():
+            train(next(run for run in runs if run.folder == place), resume=place.exists())
+        if not (place / evaluation / "results.json").is_file():
+            evaluate(model, tasks, place / evaluation, split=options.split)
+    report = make_report(base, [run.folder for run in runs], suite, options.split, folder / "report")
+    best = max(report["runs"], key=lambda run: run[options.choose])
+    return {**report, "best": best["name"]}
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).replace("/", "_")

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, read_jsonl
 
-VERSION = 2  # part of the stamp: raise it whenever the same seed would give other files
+VERSION = 3  # part of the stamp: raise it whenever the same seed would give other files
 
 GRID = 4  # cells along each side
 CELL = 16  # pixels along each side of a cell
@@ -50,6 +50,7 @@ NOT_A_SIGN = frozenset({"AN", "THE", "ONE", "TWO", "SIX", "TEN"})
 BRIEFLY = "\nAnswer briefly."
 ONE_CHOICE = "\nAnswer with one choice."
 DESCRIBE = "Describe the picture."
+TRANSCRIBE = "Describe each cell."
 READING_QUESTIONS = ("What does the sign say?", "What is written on the sign?")
 COUNTS = (1, 2, 3, 4, 5)
 
@@ -153,6 +154,16 @@ def caption(scene: Scene) -> str:
     if scene.sign_at:
         parts[scene.sign_at] = f"{scene.sign_at} sign {scene.word}"
     return ", ".join(parts[cell] for cell in sorted(parts))
+
+
+def cells(scene: Scene) -> str:
+    """What stands in each cell, empty ones included, a line to a row."""
+    found = {cell: str(kind) for cell, kind in scene.objects.items()}
+    if scene.sign_at:
+        row, column = scene.sign_at
+        found |= {Cell(row, column + i): letter for i, letter in enumerate(scene.word)}
+    rows = ([found.get(Cell(row, column), "-") for column in range(GRID)] for row in range(GRID))
+    return "\n".join(" | ".join(row) for row in rows)
 
 
 # ---- Drawing ------------------------------------------------------------------------------------------
@@ -415,12 +426,13 @@ def write_train(world: World) -> None:
     scenes, drawing, asking = (world.stream("train", purpose) for purpose in ("scenes", "drawing", "asking"))
     pictures = world.folder / "images" / "train"
     pictures.mkdir(parents=True)
-    captions, instructions = [], []
+    transcripts, captions, instructions = [], [], []
     for number in range(world.sizes.train):
         scene = sign_scene(scenes) if scenes.random() < 1 / 3 else object_scene(scenes)
         name = f"train_{number:06d}"
         save_picture(draw_scene(scene, drawing), pictures / f"{name}.png")
         image = f"images/train/{name}.png"
+        transcripts.append(llava_row(name, image, [(TRANSCRIBE, cells(scene))]))
         captions.append(llava_row(name, image, [(DESCRIBE, caption(scene))]))
         turns = conversation(scene, asking)
         row = llava_row(name, image, [(turn.text + BRIEFLY, turn.answer) for turn in turns])
@@ -433,6 +445,7 @@ def write_train(world: World) -> None:
         instructions.append(row | {"skills": [turn.skill for turn in turns]})
     world.stream("train", "order").shuffle(instructions)
 
+    save_list(transcripts, world.folder / "train_cells.json")
     save_list(captions, world.folder / "train_captions.json")
     save_list(instructions, world.folder / "train_instructions.json")
 

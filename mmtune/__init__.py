@@ -1,3 +1,3 @@
-"""mmtune: assemble a vision-language model from parts, tune each part, see what was gained and what was forgotten."""
+"""Assemble a vision-language model from parts, tune each part, see what was gained and what was forgotten."""
 
 __version__ = "0.1.0"

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mmtune",
-        description="Assemble a vision-language model from parts, tune each part, see what was gained and forgotten.",
+        description="Assemble a vision-language model from parts, tune each part, see what was forgotten.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

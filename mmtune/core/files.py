@@ -1,4 +1,4 @@
-"""Reading and writing small files: what is broken is named with its line, what is written is written whole."""
+"""Small files: what is broken is named with its line, what is written is written whole."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def generate_answers(
             produced = model.generate(batch.to(device), max_new_tokens or protocol.max_new_tokens)
             for question, ids in zip(asked, produced, strict=True):
                 text = model.language.tokenizer.decode(ids, skip_special_tokens=True)
-                answers[question.id] = text.strip()
+                answers[question.id] = str(text).strip()
             progress.update(bar, completed=len(answers))
     if not console.is_terminal:
         seconds = time.perf_counter() - began

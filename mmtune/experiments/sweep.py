@@ -66,7 +66,8 @@ def run_sweep(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
     folder = options.output / options.name
     evaluation = Path("eval") / f"{suite.name}-{options.split}"
     base = folder / "base"
-    for model, place in [(options.base, base)] + [(run.folder / "final", run.folder) for run in runs]:
+    places = [(options.base, base), *((run.folder / "final", run.folder) for run in runs)]
+    for model, place in places:
         if place != base and not (model / "config.json").is_file():
             train(next(run for run in runs if run.folder == place), resume=place.exists())
         if not (place / evaluation / "results.json").is_file():

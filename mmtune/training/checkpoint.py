@@ -106,10 +106,10 @@ def _moments(model: VisionLanguageModel, optimizer: torch.optim.Optimizer) -> di
 
 def _rng_state() -> dict[str, Any]:
     version, numbers, gauss = random.getstate()
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = np.random.get_state(legacy=True)  # type: ignore[misc]
     state = {
         "python": [version, list(numbers), gauss],
-        "numpy": [kind, keys.tolist(), *rest],  # type: ignore[union-attr]
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
         "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
     }
     if torch.cuda.is_available():

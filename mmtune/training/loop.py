@@ -86,7 +86,7 @@ def _train_stage(
     state = {"stage": number, "config": config_hash(options), "data": data_hash, "versions": versions()}
 
     # The loader runs ahead of the steps; the plan says which samples make up which step.
-    loader = DataLoader(
+    loader: DataLoader[Batch] = DataLoader(
         examples,  # type: ignore[arg-type]
         batch_sampler=[micro for step in plan[start:] for micro in step],
         collate_fn=partial(collate, transform=model.transform, pad_id=model.language.pad_id),

@@ -21,7 +21,7 @@ from rich.progress import (
 
 
 class Meter:
-    """A context around a stage. Without a terminal a plain line is printed now and then instead of the bar."""
+    """A context around a stage. Without a terminal a line is printed now and then instead of the bar."""
 
     SECONDS_BETWEEN_LINES = 15.0
 

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# The main job on the tiny world: the base model, four ways of tuning it, and what each gained and forgot.
+# No download but the packages; minutes on a CPU. A second run skips what is done.
+# Usage: bash scripts/quickstart.sh [--seeds N] [--fresh]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+seeds=1
+fresh=no
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --seeds) seeds="${2:-}"; shift 2 || true ;;
+    --fresh) fresh=yes; shift ;;
+    *) echo "unknown option $1; usage: bash scripts/quickstart.sh [--seeds N] [--fresh]" >&2; exit 2 ;;
+  esac
+done
+if ! [[ "$seeds" =~ ^[1-9][0-9]*$ ]]; then echo "--seeds wants a number, 1 or more" >&2; exit 2; fi
+
+source scripts/venv.sh
+out=runs/quickstart
+if [ "$fresh" = yes ]; then rm -rf "$out" datasets/tiny; fi
+
+mmtune data prepare tiny
+if [ ! -f "$out/base/eval/tiny-test/results.json" ]; then
+  echo "== base: the tiny model before tuning"
+  mmtune eval --model data/tiny/model --suite tiny --batch_size 100 --output_path "$out/base/eval/tiny-test"
+fi
+
+runs=()
+for seed in $(seq 0 $((seeds - 1))); do
+  for method in lora lora_tuned lorasculpt_no_penalty lorasculpt; do
+    name="${method}_s$seed"
+    runs+=("$out/$name")
+    if [ -f "$out/$name/eval/tiny-test/results.json" ]; then continue; fi
+    echo "== $name: scripts/tiny/$method.yaml with seed $seed"
+    resume=()
+    if [ -f "$out/$name/run.yaml" ]; then resume=(--resume); fi
+    mmtune train "scripts/tiny/$method.yaml" "name=$name" "seed=$seed" "output=$out" "${resume[@]}"
+  done
+done
+
+echo "== report"
+mmtune report --base "$out/base" "${runs[@]}" --suite tiny --output_path "$out/report"

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from mmtune.core.errors import UserError
-from mmtune.parts.loading import from_pretrained
+from mmtune.parts.loading import from_pretrained, own_weights
 
 
 class LanguageModel(nn.Module):
@@ -45,11 +45,16 @@ class LanguageModel(nn.Module):
                 "'model_type' is missing", where="model.language.config", mend="For example llama."
             )
         special = {name: getattr(tokens, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        made = AutoConfig.for_model(model_type, **special, **fields)
+        try:
+            made = AutoConfig.for_model(model_type, **{**special, **fields})
+        except ValueError:
+            raise UserError(
+                f"transformers knows no model_type '{model_type}'", where="model.language.config"
+            ) from None
         return cls(AutoModelForCausalLM.from_config(made), tokens)
 
     def save(self, folder: Path) -> None:
-        self.hf.save_pretrained(folder)
+        self.hf.save_pretrained(folder, state_dict=own_weights(self.hf))
         self.tokenizer.save_pretrained(folder)
 
     @property

@@ -1,4 +1,4 @@
-"""Loading weights of transformers without silence: what is missing is an error, not a random tensor."""
+"""Weights in and out of files without silence: what is missing is an error, not a random tensor."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging
 
 from mmtune.core.errors import UserError
@@ -26,8 +28,7 @@ def from_pretrained(cls: Any, weights: str, **options: Any) -> Any:
             weights, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (OSError, ValueError, SafetensorError) as error:
-        mend = "" if Path(weights).exists() else "There is no such folder, and no such model on the hub."
-        raise UserError(f"cannot be loaded: {str(error).splitlines()[0]}", where=weights, mend=mend) from None
+        raise _unloadable(weights, error) from None
     finally:
         logging.set_verbosity(before)
     missing = sorted(report["missing_keys"])
@@ -40,6 +41,28 @@ def from_pretrained(cls: Any, weights: str, **options: Any) -> Any:
     return model
 
 
+def load_config(weights: str) -> PretrainedConfig:
+    """The transformers config of a folder or hub name. Raises UserError where there is none."""
+    try:
+        return AutoConfig.from_pretrained(weights)
+    except (OSError, ValueError) as error:
+        raise _unloadable(weights, error) from None
+
+
+def own_weights(part: nn.Module) -> dict[str, torch.Tensor]:
+    """The part's tensors by the names of its own format, without those of a LoRA attached to it."""
+    return {
+        name.replace(".base_layer.", "."): tensor.contiguous()
+        for name, tensor in part.state_dict().items()
+        if ".lora_" not in name
+    }
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """float32 or bfloat16 by name."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _unloadable(weights: str, error: Exception) -> UserError:
+    mend = "" if Path(weights).exists() else "There is no such folder, and no such model on the hub."
+    return UserError(f"cannot be loaded: {str(error).splitlines()[0]}", where=weights, mend=mend)

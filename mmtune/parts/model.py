@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from mmtune.core.config import to_dict
 from mmtune.core.errors import UserError
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 FORMAT_VERSION = 1
+REFERENCES = {"weights", "tokenizer"}  # options that name a folder or a model of the hub
 
 
 class VisionLanguageModel(nn.Module):
@@ -115,16 +117,23 @@ class VisionLanguageModel(nn.Module):
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int) -> list[list[int]]:
         """Greedy answers to left-padded prompts, without the end token."""
-        answers = self.language.hf.generate(
-            inputs_embeds=self.splice(batch),
-            attention_mask=batch.attention_mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            eos_token_id=self.end_ids,
-            pad_token_id=self.language.pad_id,
-        )
+        hf = self.language.hf
+        own = hf.generation_config
+        # A checkpoint may bring a repetition penalty or a list of suppressed words: not greedy any more.
+        hf.generation_config = GenerationConfig()
+        try:
+            answers = hf.generate(
+                inputs_embeds=self.splice(batch),
+                attention_mask=batch.attention_mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                use_cache=True,
+                eos_token_id=self.end_ids,
+                pad_token_id=self.language.pad_id,
+            )
+        finally:
+            hf.generation_config = own
         return [_until(row.tolist(), self.end_ids) for row in answers]
 
     @property
@@ -143,16 +152,17 @@ class VisionLanguageModel(nn.Module):
         for name in PARTS:
             options = to_dict(getattr(self.options, name))
             options.pop("config", None)
-            options.pop("tokenizer", None)
             if options.get("weights") is None:
                 self.part(name).save(folder / name)  # type: ignore[operator]
+                options.pop("tokenizer", None)
                 options["weights"] = name
                 if name == "vision":
                     options["layer"] = -1  # the layers above were never loaded
             else:
-                options["weights"] = _relative(options["weights"], folder)
+                for key in options.keys() & REFERENCES:
+                    options[key] = options[key] and _relative(options[key], folder)
             if name in self.adapters:
-                self.adapters[name].save_pretrained(folder / "adapter" / name)
+                self.adapters[name].save_pretrained(str(folder / "adapter" / name))
                 options["adapter"] = f"adapter/{name}"
             described[name] = options
         write_json(folder / "config.json", described)
@@ -167,9 +177,10 @@ class VisionLanguageModel(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, dtype: str = "float32", merge: bool = False
     ) -> VisionLanguageModel:
-        """Restores a model folder, adapters included, through its config alone; the folder's name means nothing.
+        """Restores a model folder, adapters included, in evaluation mode.
 
-        merge: adapters are folded into the weights. Raises UserError where a file is missing or broken.
+        Its config alone is read; the folder's name means nothing. merge: adapters are folded into the
+        weights. Raises UserError where a file is missing or broken.
         """
         options = read_options(folder)
         model = assemble(replace(options, dtype=dtype))  # type: ignore[arg-type]
@@ -177,7 +188,7 @@ class VisionLanguageModel(nn.Module):
             model.load_adapter(name, adapter)
             if merge:
                 model.merge_adapter(name)
-        return model
+        return model.eval()
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Attaches a saved peft adapter to a part, through peft alone."""
@@ -216,7 +227,7 @@ def assemble(options: ModelOptions) -> VisionLanguageModel:
     if options.connector.weights is not None:
         connector.load(Path(options.connector.weights))
     vision_options = replace(options.vision, config=None)
-    language_options = replace(options.language, config=None, tokenizer=None)
+    language_options = replace(options.language, config=None)
     connector_options = replace(options.connector)
     made = ModelOptions(None, vision_options, connector_options, language_options, options.dtype)
     return VisionLanguageModel(vision, connector, language, made)
@@ -234,8 +245,10 @@ def read_options(folder: str | Path) -> ModelOptions:
     parts = {}
     for name, kind in kinds.items():
         fields = {key: value for key, value in config[name].items() if key != "adapter"}
-        parts[name] = kind(**{**fields, "weights": _resolved(fields["weights"], folder)})
-    return ModelOptions(base=None, **parts)  # type: ignore[arg-type]
+        for key in fields.keys() & REFERENCES:
+            fields[key] = fields[key] and _resolved(fields[key], folder)
+        parts[name] = kind(**fields)
+    return ModelOptions(base=None, **parts)
 
 
 def _vision(options: VisionOptions, dtype: torch.dtype) -> VisionTower:
@@ -263,7 +276,7 @@ def _relative(weights: str, folder: Path) -> str:
 
 
 def _resolved(weights: str, folder: Path) -> str:
-    local = folder / weights
+    local = folder.resolve() / weights  # ".." is taken from where the files are, not from a link to them
     if local.exists():
         return str(Path(os.path.normpath(local)))
     if weights.startswith("."):

@@ -6,7 +6,7 @@ torch and peft only inside functions, so that the faults of a config are found w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -86,7 +86,7 @@ class Tuner:
         """Called once `step` optimiser steps are done."""
 
     def start(self, steps: int) -> None:
-        """Called once the length of the run in optimiser steps is known. Raises UserError where it is too short."""
+        """Called once the run's length in optimiser steps is known. Raises UserError where too short."""
 
     def densities(self) -> dict[str, float]:
         """What to log about sparsity."""
@@ -106,20 +106,28 @@ class Tuner:
 def rows_of(part: str, core: nn.Module, tuner: str, lr: float | None, regularised: bool = False) -> list[Row]:
     """A row for each module that holds parameters of its own."""
     rows = []
-    for name, module in core.named_modules():
-        own = list(module.parameters(recurse=False))
-        if own:
-            trained = sum(p.numel() for p in own if p.requires_grad)
-            matrix = any(p.ndim == 2 for p in own)
-            rows.append(
-                Row(
-                    part,
-                    name,
-                    tuner,
-                    sum(p.numel() for p in own),
-                    trained,
-                    lr if trained else None,
-                    regularised=regularised and matrix,
-                )
+    for name, own in own_parameters(core):
+        trained = sum(p.numel() for p in own if p.requires_grad)
+        matrix = any(p.ndim == 2 for p in own)
+        rows.append(
+            Row(
+                part,
+                name,
+                tuner,
+                sum(p.numel() for p in own),
+                trained,
+                lr if trained else None,
+                regularised=regularised and matrix,
             )
+        )
     return rows
+
+
+def own_parameters(core: nn.Module) -> Iterator[tuple[str, list[nn.Parameter]]]:
+    """Each module with its own parameters; one that two modules share (a tied head) belongs to the first."""
+    seen = set()
+    for name, module in core.named_modules():
+        own = [p for p in module.parameters(recurse=False) if p not in seen]
+        seen.update(own)
+        if own:
+            yield name, own

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class FullOptions:
-    """lr: the part's own learning rate. penalty: on M0 * (W - W0) of its weight matrices (LoRASculpt's beta)."""
+    """lr: the part's own learning rate. penalty: on M0 * (W - W0) of its matrices (LoRASculpt's beta)."""
 
     lr: float
     tuner: Literal["full"] = "full"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mmtune.core.errors import Fault as FaultLine
 from mmtune.core.errors import UserError
-from mmtune.tuning.base import Fault, PenaltyOptions, Row, Tuner
+from mmtune.tuning.base import Fault, PenaltyOptions, Row, Tuner, own_parameters
 
 if TYPE_CHECKING:
     import torch
@@ -73,27 +73,23 @@ class LoraTuner(Tuner):
         options = self.options
         core = model.core(part)
         core.requires_grad_(False)
-        sizes = {
-            name: (tuple(m.weight.shape), _own_size(m))
-            for name, m in core.named_modules()
-            if hasattr(m, "weight")
-        }
         targets = find_targets(core, options.targets, f"tune.{part}.targets")
-        too_small = [name for name in targets if min(sizes[name][0]) < options.rank]
+        shapes = {name: core.get_parameter(f"{name}.weight").shape for name in targets}
+        too_small = [name for name in targets if min(shapes[name]) < options.rank]
         if too_small:
             raise UserError(
                 f"rank {options.rank} is more than {', '.join(too_small[:3])} can have "
-                f"({' x '.join(map(str, sizes[too_small[0]][0]))})",
+                f"({' x '.join(map(str, shapes[too_small[0]]))})",
                 where=f"tune.{part}.rank",
             )
         config = LoraConfig(
             r=options.rank,
-            lora_alpha=options.alpha,  # type: ignore[arg-type]
+            lora_alpha=options.alpha,
             lora_dropout=options.dropout,
             target_modules=targets,
             task_type="CAUSAL_LM" if part == "language" else None,
         )
-        model.adapters[part] = get_peft_model(core, config)  # type: ignore[arg-type]
+        model.adapters[part] = get_peft_model(core, config)
         self.layers = {name: m for name, m in core.named_modules() if isinstance(m, LoraLayer)}
         if sorted(self.layers) != sorted(targets):
             raise RuntimeError(f"peft adapted {sorted(self.layers)}, asked for were {targets}")
@@ -122,10 +118,11 @@ class LoraTuner(Tuner):
 
     def _rows(self, part: str, core: nn.Module) -> list[Row]:
         pruned = self.options.tuner == "lorasculpt"
+        sizes = {name: sum(p.numel() for p in own) for name, own in own_parameters(core)}
         rows = []
-        for name, layer in self.layers.items():
+        for name in self.layers:
             trained = sum(p.numel() for p in self.pair(name))
-            total = _own_size(layer.get_base_layer()) + trained
+            total = sum(size for inside, size in sizes.items() if f"{inside}.".startswith(f"{name}."))
             rows.append(
                 Row(
                     part,
@@ -139,9 +136,9 @@ class LoraTuner(Tuner):
                 )
             )
         adapted = tuple(f"{name}." for name in self.layers)
-        for name, module in core.named_modules():
-            if _own_size(module) and not f"{name}.".startswith(adapted):
-                rows.append(Row(part, name, "frozen", _own_size(module), 0))
+        for name, size in sizes.items():
+            if not f"{name}.".startswith(adapted):
+                rows.append(Row(part, name, "frozen", size, 0))
         return rows
 
 
@@ -150,6 +147,8 @@ def find_targets(core: nn.Module, wanted: str | list[str], where: str) -> list[s
     from torch import nn
 
     linear = [name for name, module in core.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise UserError("this part has no linear layer to adapt", where=where)
     if isinstance(wanted, str):
         head = getattr(core, "get_output_embeddings", lambda: None)()
         return [name for name in linear if core.get_submodule(name) is not head]
@@ -163,7 +162,3 @@ def find_targets(core: nn.Module, wanted: str | list[str], where: str) -> list[s
     if faults:
         raise UserError.of(faults)
     return [name for name in linear if any(fnmatchcase(name, pattern) for pattern in wanted)]
-
-
-def _own_size(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters(recurse=False))

@@ -22,15 +22,18 @@ TILE_ENTRIES = 1 << 20
 
 def retention_mask_squared(tile: torch.Tensor, norm: torch.Tensor, omega: float) -> torch.Tensor:
     """M^2 for some rows of W [t, q], given ||W||_F of the whole; 0 where W is all zero."""
-    ratio = tile.abs().div_(torch.where(norm > 0, norm, torch.ones_like(norm))).add_(1e-15)
+    some = norm > 0  # a tensor still: asking for its value would make a GPU wait at every tile
+    ratio = tile.abs().div_(torch.where(some, norm, torch.ones_like(norm))).add_(1e-15)
     # At |W| = ||W||_F the logarithm is 0 and M = tanh(inf) = 1, which the formula gives by itself.
-    mask = ratio.log_().reciprocal_().abs_().mul_(omega).tanh_().square_()
-    return mask if bool(norm > 0) else mask.zero_()
+    return ratio.log_().reciprocal_().abs_().mul_(omega * some.to(tile.dtype)).tanh_().square_()
 
 
 def frobenius(weight: torch.Tensor) -> torch.Tensor:
-    """||W||_F, accumulated in fp32 or better."""
-    return torch.linalg.vector_norm(weight.detach(), dtype=_precision(weight))
+    """||W||_F, fp64: summed in fp32 on a CPU it is 0.3 % off for a 4096 x 11008 matrix."""
+    tiles = weight.detach().split(_rows(weight))
+    return torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(tile, dtype=torch.float64) for tile in tiles])
+    )
 
 
 def conflict_penalty(
@@ -56,11 +59,11 @@ class _Conflict(torch.autograd.Function):
         ctx: Any, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, omega: float, norm: torch.Tensor
     ) -> torch.Tensor:
         dtype = _precision(a)
-        # Autocast would carry the products out in bf16, where most of this penalty's gradient is rounded away.
+        # Under autocast the products would be bf16, in which most of this penalty's gradient is lost.
         with torch.autocast(a.device.type, enabled=False):
             a_, b_ = a.detach().to(dtype), b.detach().to(dtype)
             grad_a, grad_b = torch.zeros_like(a_), torch.empty_like(b_)
-            rows = max(1, TILE_ENTRIES // weight.shape[1])
+            rows = _rows(weight)
             for start in range(0, weight.shape[0], rows):
                 part = slice(start, start + rows)
                 g = retention_mask_squared(weight[part].to(dtype, copy=True), norm.to(dtype), omega)
@@ -73,7 +76,7 @@ class _Conflict(torch.autograd.Function):
         return value
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_a, grad_b = ctx.saved_tensors
         return None, grad * grad_a, grad * grad_b, None, None
 
@@ -100,8 +103,13 @@ class _Drift(torch.autograd.Function):
         return value
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return grad * ctx.saved_tensors[0], None, None
+
+
+def _rows(weight: torch.Tensor) -> int:
+    """How many rows make a tile."""
+    return max(1, TILE_ENTRIES // weight.shape[1])
 
 
 def _precision(tensor: torch.Tensor) -> torch.dtype:

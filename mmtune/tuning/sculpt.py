@@ -1,4 +1,4 @@
-"""LoRASculpt: sparse LoRA. Once, at `prune_at`, each A and B keeps its largest entries and nothing else, ever.
+"""LoRASculpt: sparse LoRA. At `prune_at` each A and B keeps its largest entries and nothing else, ever.
 
 Semantics: when `prune_at` optimiser steps are done, k = floor(density * numel) entries of largest
 magnitude stay in each tensor (ties to the lowest index), the rest become zero in memory, so in the
@@ -84,7 +84,7 @@ class SculptTuner(LoraTuner):
         self.prune_step = int(at) if at >= 1 else math.ceil(at * steps)
         if self.prune_step >= steps:
             raise UserError(
-                f"prune_at is step {self.prune_step}, but the run ends after {steps}, so no step would follow it",
+                f"prune_at is step {self.prune_step}, but the run ends after {steps}: no step would follow",
                 where=f"tune.{self.part}.prune_at",
                 mend="Prune earlier, or give a fraction of the run, for example 0.1.",
             )
@@ -133,6 +133,7 @@ class SculptTuner(LoraTuner):
     def _hold(self, masks: dict[str, torch.Tensor]) -> None:
         self.masks = masks
         for name, parameter in self._tensors():
+            masks[name] = masks[name].to(parameter.device)
             parameter.register_hook(partial(_zero_outside, masks[name]))
         products, expected = [], []
         for name in self.layers:

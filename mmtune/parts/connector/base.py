@@ -11,6 +11,7 @@ from torch import nn
 
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, write_json
+from mmtune.parts.loading import own_weights
 
 
 class Connector(nn.Module):
@@ -35,8 +36,7 @@ class Connector(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         config = {"kind": self.kind, "vision_width": self.vision_width, "language_width": self.language_width}
         write_json(folder / "config.json", config)
-        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(own_weights(self), folder / "model.safetensors", metadata={"format": "pt"})
 
     def load(self, folder: Path) -> None:
         """Takes the weights of a saved connector. Raises UserError where kind, widths or tensors differ."""

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPConfig, CLIPVisionConfig, CLIPVisionModel
 
 from mmtune.core.errors import UserError
-from mmtune.core.files import read_json
-from mmtune.parts.loading import from_pretrained
+from mmtune.core.files import read_json, write_json
+from mmtune.parts.loading import from_pretrained, load_config, own_weights
 from mmtune.parts.vision.base import VisionTower
 
 # The normalisation of OpenAI's CLIP, used where a checkpoint brings no preprocessor_config.json.
@@ -23,7 +23,7 @@ class ClipTower(VisionTower):
 
     has_cls = True
 
-    def __init__(self, hf: CLIPVisionModel, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, hf: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.hf = hf
         self.width = hf.config.hidden_size
@@ -35,7 +35,7 @@ class ClipTower(VisionTower):
 
     @classmethod
     def load(cls, weights: str, layer: int, dtype: torch.dtype) -> ClipTower:
-        config = AutoConfig.from_pretrained(weights)
+        config: Any = load_config(weights)
         config = config.vision_config if isinstance(config, CLIPConfig) else config
         if not isinstance(config, CLIPVisionConfig):
             raise UserError(f"this is a {config.model_type} model, not a CLIP tower", where=weights)
@@ -55,7 +55,15 @@ class ClipTower(VisionTower):
         return cls(CLIPVisionModel(made), MEAN, STD)
 
     def save(self, folder: Path) -> None:
-        self.hf.save_pretrained(folder)
+        self.hf.save_pretrained(folder, state_dict=own_weights(self.hf))
+        preprocessor = {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": self.image_size},
+            "crop_size": {"height": self.image_size, "width": self.image_size},
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+        write_json(folder / "preprocessor_config.json", preprocessor)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         # Not post-normalised: transformers applies post_layernorm to the pooled CLS token only.

@@ -1,0 +1,72 @@
+"""Each room imports only from rooms above it, and a file only from files above it in its room's list."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "mmtune"
+
+# From the ground floor up. A file may import any file that stands before it.
+ORDER = """
+core.errors core.files core.table core.config core.versions
+data.chat data.image data.samples data.batches data.cards data.tiny data.tiny_tokenizer
+parts.spec parts.loading parts.vision.base parts.vision.clip
+parts.connector.base parts.connector.linear parts.connector.mlp
+parts.language parts.model
+tuning.base tuning.penalty tuning.frozen tuning.full tuning.lora tuning.sculpt
+evaluation.metrics.base evaluation.metrics.vqa evaluation.metrics.iconqa evaluation.metrics.gqa
+evaluation.metrics.exact evaluation.metrics evaluation.score evaluation.protocol evaluation.generate
+evaluation.evaluate evaluation.forgetting evaluation.report
+run
+training.optim training.checkpoint training.meter training.loop
+experiments.sweep
+cli
+""".split()
+
+
+def imports(path: Path) -> set[str]:
+    """The mmtune modules a file imports, wherever in the file; those for type checking alone don't count."""
+    tree = ast.parse(path.read_text())
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mmtune."):
+            module = node.module.removeprefix("mmtune.")
+            inside = {f"{module}.{alias.name}" for alias in node.names} & set(ORDER)
+            found.update(inside or {module})
+        if isinstance(node, ast.Import):
+            found.update(a.name.removeprefix("mmtune.") for a in node.names if a.name.startswith("mmtune."))
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(tree)
+    return found
+
+
+def files() -> list[str]:
+    names = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.name != "__init__.py" or path.parent.name == "metrics":
+            relative = path.relative_to(PACKAGE).with_suffix("")
+            names.append(".".join(relative.parts).removesuffix(".__init__"))
+    return names
+
+
+def test_every_file_has_its_place() -> None:
+    assert sorted(files()) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_only_what_stands_before_it(name: str) -> None:
+    path = PACKAGE / Path(*name.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    known = set(ORDER[: ORDER.index(name)])
+    for imported in imports(path):
+        if imported == "parts":  # the package's face, which stands for parts.model
+            imported = "parts.model"
+        assert imported in known, f"{name} imports {imported}, which does not stand before it"

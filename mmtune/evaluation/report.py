@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 from rich import box
 from rich.console import Console
@@ -397,7 +398,7 @@ def _legend(groups: Sequence[dict[str, Any]]) -> str:
 
 
 def _frame(axes: Axes, report: dict[str, Any], inside: Sequence[Point]) -> None:
-    """Limits with everything `inside` them, axis labels, and the words on the base's two lines."""
+    """Limits with everything `inside` them, and axis labels."""
     made = report["made_with"]
     axes.set_xlim(*_limits([x for x, _ in inside]))
     axes.set_ylim(*_limits([y for _, y in inside]))
@@ -405,29 +406,6 @@ def _frame(axes: Axes, report: dict[str, Any], inside: Sequence[Point]) -> None:
     axes.set_ylabel(_axis_label("Target", made["target"], "target"), fontsize=10, color=INK)
     axes.tick_params(labelsize=9, colors=INK)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.annotate(
-        "base's Source: nothing forgotten",
-        (report["base"]["source"], 0.99),
-        xycoords=("data", "axes fraction"),
-        xytext=(4, 0),
-        textcoords="offset points",
-        rotation=90,
-        ha="left",
-        va="top",
-        fontsize=8.5,
-        color=PALE,
-    )
-    axes.annotate(
-        "base's Target: nothing gained",
-        (0.01, report["base"]["target"]),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, -4),
-        textcoords="offset points",
-        ha="left",
-        va="top",
-        fontsize=8.5,
-        color=PALE,
-    )
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
@@ -449,43 +427,92 @@ def _place_labels(
     bars: Sequence[tuple[Point, Point]],
     seeds: Sequence[Point],
 ) -> None:
-    """Writes each text, in its colour, beside its point, where it covers no marker, no bar and no other text.
+    """Says what the base's lines mean, and writes each text, in its colour, beside its point.
 
-    The first free place on a widening ring is taken, or the least covered one. From afar a thin line
-    leads back to the point.
+    The first point is the base. A label goes to the first place, on a widening ring, where it covers no
+    marker, no bar and no other text, or else where it covers least; from afar a thin line leads back.
     """
     unit = axes.figure.dpi / 72  # pixels in a typographic point, in which labels are offset
-    taken = [text.get_window_extent() for text in axes.texts]
-    taken += [_box(axes, point, point, 6 * unit) for point in points]
+    taken = [_box(axes, point, point, 6 * unit) for point in points]
     taken += [_box(axes, *bar, 3 * unit) for bar in bars]
     taken += [_box(axes, seed, seed, 3 * unit) for seed in seeds]
+    source, target = points[0]
+    _put(axes, _along_vertical(axes, source, "nothing forgotten"), taken)
+    _put(axes, _along_horizontal(axes, target, "nothing gained"), taken)
     for point, (text, colour) in zip(points, texts, strict=True):
-        tried = []
-        for distance, (right, up) in itertools.product(DISTANCES, DIRECTIONS):
-            label = axes.annotate(
-                text,
-                point,
-                xytext=(distance * right, distance * up),
-                textcoords="offset points",
-                ha=("center", "left", "right")[right],
-                va=("center", "bottom", "top")[up],
-                fontsize=10,
-                color=colour,
-                zorder=6,
-            )
-            extent = label.get_window_extent()
-            outside = extent.width * extent.height - _overlap(extent, axes.bbox)
-            tried.append((outside + sum(_overlap(extent, other) for other in taken), distance, label))
-            if tried[-1][0] == 0:
-                break
-        _, distance, best = min(tried, key=lambda each: each[0])
-        taken.append(best.get_window_extent())
-        for _, _, label in tried:
-            if label is not best:
-                label.remove()
-        if distance > DISTANCES[1]:
+        label = _put(axes, _around(axes, point, text, colour), taken)
+        right, up = label.xyann
+        if max(abs(right), abs(up)) > DISTANCES[1]:
             line = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 2, "shrinkB": 5}
-            axes.annotate("", point, best.xyann, textcoords="offset points", arrowprops=line, zorder=3)
+            axes.annotate("", point, label.xyann, textcoords="offset points", arrowprops=line, zorder=3)
+
+
+def _put(axes: Axes, candidates: Iterator[Annotation], taken: list[Bbox]) -> Annotation:
+    """Keeps the first of the candidates that covers nothing, or the one that covers least."""
+    tried: list[tuple[float, Annotation]] = []
+    for label in candidates:
+        extent = label.get_window_extent()
+        outside = extent.width * extent.height - _overlap(extent, axes.bbox)
+        tried.append((outside + sum(_overlap(extent, other) for other in taken), label))
+        if tried[-1][0] == 0:
+            break
+    best = min(tried, key=lambda each: each[0])[1]
+    for _, label in tried:
+        if label is not best:
+            label.remove()
+    taken.append(best.get_window_extent())
+    return best
+
+
+def _around(axes: Axes, point: Point, text: str, colour: str) -> Iterator[Annotation]:
+    for distance, (right, up) in itertools.product(DISTANCES, DIRECTIONS):
+        yield axes.annotate(
+            text,
+            point,
+            xytext=(distance * right, distance * up),
+            textcoords="offset points",
+            ha=("center", "left", "right")[right],
+            va=("center", "bottom", "top")[up],
+            fontsize=10,
+            color=colour,
+            zorder=6,
+        )
+
+
+def _along_vertical(axes: Axes, x: float, text: str) -> Iterator[Annotation]:
+    for (y, va), (offset, ha) in itertools.product(
+        ((0.99, "top"), *((share, "center") for share in (0.7, 0.5, 0.3)), (0.01, "bottom")),
+        ((4, "left"), (-4, "right")),
+    ):
+        yield axes.annotate(
+            text,
+            (x, y),
+            xycoords=("data", "axes fraction"),
+            xytext=(offset, 0),
+            textcoords="offset points",
+            rotation=90,
+            ha=ha,
+            va=va,
+            fontsize=8.5,
+            color=PALE,
+        )
+
+
+def _along_horizontal(axes: Axes, y: float, text: str) -> Iterator[Annotation]:
+    for (x, ha), (offset, va) in itertools.product(
+        ((0.01, "left"), (0.5, "center"), (0.99, "right")), ((-4, "top"), (4, "bottom"))
+    ):
+        yield axes.annotate(
+            text,
+            (x, y),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, offset),
+            textcoords="offset points",
+            ha=ha,
+            va=va,
+            fontsize=8.5,
+            color=PALE,
+        )
 
 
 def _box(axes: Axes, low: Point, high: Point, margin: float) -> Bbox:

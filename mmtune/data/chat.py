@@ -1,9 +1,10 @@
 """Turns -> token ids and labels, built together turn by turn.
 
-A conversation becomes a list of pieces (text, supervised or not), and each piece is tokenised by
-itself, so a label can only ever cover what the assistant said and the token that ends its turn.
-Text of users and assistants never becomes a special token; `<image>` becomes `image_tokens` copies
-of IMAGE_ID, which the model replaces by the picture's features.
+A conversation becomes a list of pieces (text, supervised or not). Neighbours are tokenised together,
+as they would be within the whole text, but never across the border of what the assistant said, so a
+label can only ever cover that and the token that ends its turn, and a prompt is always a prefix of its
+conversation. Text of users and assistants never becomes a special token; `<image>` becomes
+`image_tokens` copies of IMAGE_ID, which the model replaces by the picture's features.
 
 Formats: `template` is the tokenizer's own chat template; `vicuna_v1` gives the ids of LLaVA-1.5's
 tokenisation; `plain` is LLaVA's alignment format, the picture and then the answer.
@@ -11,6 +12,8 @@ tokenisation; `plain` is LLaVA's alignment format, the picture and then the answ
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 IMAGE = "<image>"
 IMAGE_ID = -200
 IGNORE = -100
+_PICTURE = re.compile(f"({IMAGE})")
 
 FORMATS = ("template", "vicuna_v1", "plain")
 
@@ -69,10 +73,19 @@ class Chat:
         self.tokenizer = tokenizer
         self.format = format
         self.image_tokens = image_tokens
-        self._prefix_space = tokenizer.tokenize("x")[:1] == ["\u2581x"]
+        special = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special_ids = {token.content: i for i, token in special.items()}
+        self._swallowing = {i for i, token in special.items() if token.rstrip}
+        longest_first = sorted(self._special_ids, key=len, reverse=True)
+        self._special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        # SentencePiece models put a dummy space before a text. Some conversions of them also do so after
+        # each special token, others only where the text begins.
+        self._dummy_space = tokenizer.tokenize("x")[0].startswith("\u2581")
+        after_special = tokenizer(tokenizer.eos_token + "x", add_special_tokens=False).input_ids[1:]
+        self._dummy_after_special = after_special == self._raw("x")
 
     def encode(self, turns: list[Turn]) -> tuple[list[int], list[int]]:
-        """Ids of a whole conversation and labels of equal length: the id where the assistant speaks, else IGNORE.
+        """Ids of a whole conversation, and labels: the id where the assistant speaks, else IGNORE.
 
         Raises UserError where nothing is supervised.
         """
@@ -87,7 +100,7 @@ class Chat:
         """Ids up to where the assistant's next turn begins; `turns` ends with the user's."""
         if not turns or turns[-1].role != "user":
             raise UserError("a prompt must end with a user's turn")
-        return self._tokenise(self._pieces(turns))[0]
+        return self._tokenise(self._pieces(turns), answer_follows=True)[0]
 
     def _pieces(self, turns: list[Turn]) -> list[Piece]:
         _check_roles(turns)
@@ -106,7 +119,7 @@ class Chat:
                 pieces.append(Piece(f"{before}USER: {turn.text} ASSISTANT:"))
                 before = ""
             elif turn.role == "assistant":
-                pieces.append(Piece(f" {turn.text}", supervised=True))
+                pieces.append(Piece(f" {turn.text}" if turn.text else "", supervised=True))
                 pieces.append(Piece(self.tokenizer.eos_token, supervised=True, control=True))
         return pieces
 
@@ -168,39 +181,79 @@ class Chat:
         import jinja2
 
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation
+            return str(
+                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
             )
         except jinja2.TemplateError as error:
             raise UserError(f"the tokenizer's chat template refuses this conversation: {error}") from None
 
-    def _tokenise(self, pieces: list[Piece]) -> tuple[list[int], list[int]]:
+    def _tokenise(self, pieces: list[Piece], answer_follows: bool = False) -> tuple[list[int], list[int]]:
         ids: list[int] = []
         labels: list[int] = []
-        carried = ""
-        for piece in pieces:
-            chunks = piece.text.split(IMAGE) if not piece.control else [piece.text]
-            for i, chunk in enumerate(chunks):
-                if i > 0:
-                    ids += [IMAGE_ID] * self.image_tokens
-                    labels += [IGNORE] * self.image_tokens
-                text = carried + chunk
-                carried = ""
-                if piece.control and i == len(chunks) - 1 and self.format == "template":
-                    # A word is tokenised together with the space before it, also across the join.
-                    stripped = text.rstrip(" ")
-                    text, carried = stripped, text[len(stripped) :]
-                new = self._ids(text, piece.control)
-                ids += new
-                labels += new if piece.supervised else [IGNORE] * len(new)
+
+        def add(new: list[int], supervised: bool) -> None:
+            ids.extend(new)
+            labels.extend(new if supervised else [IGNORE] * len(new))
+
+        text, text_supervised, start = "", False, "text"
+        for atom, supervised in self._atoms(pieces):
+            if isinstance(atom, int):
+                add(self._ids(text, start), text_supervised)
+                add([atom] * (self.image_tokens if atom == IMAGE_ID else 1), supervised)
+                text, start = "", "special"
+                continue
+            if not atom:
+                continue
+            if text and supervised != text_supervised:
+                # A word is tokenised together with the space before it, also across the border.
+                kept = text if text_supervised else text.rstrip(" ")
+                add(self._ids(kept, start), text_supervised)
+                text = text[len(kept) :]
+                start = "middle" if kept else start
+            text, text_supervised = text + atom, supervised
+        add(self._ids(text.rstrip(" ") if answer_follows else text, start), text_supervised)
         return ids, labels
 
-    def _ids(self, text: str, control: bool) -> list[int]:
-        if self._prefix_space and text.startswith(" "):
-            text = text[1:]
+    def _atoms(self, pieces: list[Piece]) -> Iterator[tuple[str | int, bool]]:
+        """Stretches of text and, between them, special tokens and pictures as ids; each supervised or not."""
+        swallowed = False  # Phi-3's special tokens swallow the white space after them.
+        for piece in pieces:
+            for i, part in enumerate((self._special if piece.control else _PICTURE).split(piece.text)):
+                if i % 2 == 0:
+                    yield part.lstrip() if swallowed else part, piece.supervised
+                    swallowed = swallowed and not part.strip()
+                elif piece.control:
+                    yield self._special_ids[part], piece.supervised
+                    swallowed = self._special_ids[part] in self._swallowing
+                else:
+                    yield IMAGE_ID, False
+                    swallowed = False
+
+    def _ids(self, text: str, start: str) -> list[int]:
+        """Ids of a stretch that stands where the whole text starts (`text`), after a special token or a
+        picture (`special`), or right behind other text (`middle`).
+        """
         if not text:
             return []
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control).input_ids
+        if not self._dummy_space:
+            return self._raw(text)
+        if self.format == "vicuna_v1" and start != "middle":
+            # LLaVA's tokenizer adds the dummy space to each stretch, also to one that starts with a space.
+            return self._continued(" " + text)
+        if start == "middle" or (start == "special" and not self._dummy_after_special):
+            return self._continued(text)
+        return self._raw(text)
+
+    def _continued(self, text: str) -> list[int]:
+        """Ids of `text` as they are in the middle of a longer text, without a dummy space."""
+        for before in ("\n", "!"):
+            head, whole = self._raw(before), self._raw(before + text)
+            if whole[: len(head)] == head:
+                return whole[len(head) :]
+        raise UserError(f"the tokenizer cannot go on in the middle of a text, with {text[:20]!r}")
+
+    def _raw(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
 
 def _split_at_marks(text: str, marks: list[str], turns: list[Turn], supervised: bool) -> list[Piece]:

@@ -54,7 +54,7 @@ def read_sweep(path: Path, overrides: list[str] | None = None) -> tuple[SweepOpt
 
 
 def run_sweep(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Trains and evaluates what is not finished yet, then reports. Returns the report, with `best`: a name."""
+    """Trains and evaluates what is not finished yet. Returns the report, with `best`: a name."""
     from mmtune.evaluation.evaluate import evaluate
     from mmtune.evaluation.protocol import load_suite
     from mmtune.evaluation.report import make_report

@@ -213,7 +213,7 @@ def assemble(options: ModelOptions) -> VisionLanguageModel:
         base = read_options(options.base)
         adapters = _adapters(Path(options.base))
         given = {name: getattr(options, name) for name in PARTS if getattr(options, name) is not None}
-        model = assemble(replace(base, dtype=options.dtype, **given))
+        model = assemble(replace(base, dtype=options.dtype, attention=options.attention, **given))
         for name, adapter in adapters.items():
             if name not in given:
                 model.load_adapter(name, adapter)
@@ -223,13 +223,17 @@ def assemble(options: ModelOptions) -> VisionLanguageModel:
     dtype = torch_dtype(options.dtype)
     vision = _vision(options.vision, dtype)
     language = _language(options.language, dtype)
+    for part in (vision, language):
+        part.hf.set_attn_implementation(options.attention)  # type: ignore[union-attr,operator]
     connector = CONNECTORS.load(options.connector.kind)(vision.width, language.width).to(dtype)
     if options.connector.weights is not None:
         connector.load(Path(options.connector.weights))
     vision_options = replace(options.vision, config=None)
     language_options = replace(options.language, config=None)
     connector_options = replace(options.connector)
-    made = ModelOptions(None, vision_options, connector_options, language_options, options.dtype)
+    made = ModelOptions(
+        None, vision_options, connector_options, language_options, options.dtype, options.attention
+    )
     return VisionLanguageModel(vision, connector, language, made)
 
 

@@ -52,7 +52,7 @@ def train(options: RunOptions, resume: bool = False) -> Path:
             first_step = read_json(done / "trained.json")["step"]
         else:
             first_step = _train_stage(options, number, stage, base, first_step, done)
-        base = ModelOptions(base=str(done), dtype=options.model.dtype)
+        base = ModelOptions(base=str(done), dtype=options.model.dtype, attention=options.model.attention)
     return folder / "final"
 
 

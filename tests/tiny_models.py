@@ -142,7 +142,7 @@ def rows(pictures_per_row: list[int], seed: int = 0) -> list[list[int]]:
 
     def text(least: int) -> list[int]:
         length = least + int(torch.randint(0, 7, (1,), generator=generator))
-        return torch.randint(len(SPECIAL), VOCABULARY, (length,), generator=generator).tolist()
+        return torch.randint(len(SPECIAL), len(SPECIAL) + 256, (length,), generator=generator).tolist()
 
     made = []
     for count in pictures_per_row:

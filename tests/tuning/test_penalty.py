@@ -119,7 +119,7 @@ def test_zeros_give_zero_and_no_nan(zero: str) -> None:
     """B before its first step, and a weight that is all zero, which retains nothing."""
     tensors = dict(zip(("weight", "a", "b"), drawn(6, 5, 2), strict=True))
     tensors[zero].zero_()
-    for found in conflict(**tensors):
+    for found in conflict(tensors["weight"], tensors["a"], tensors["b"]):
         assert not found.any()
 
 

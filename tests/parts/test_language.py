@@ -1,0 +1,117 @@
+"""Hidden states and head of several families against transformers' own forward pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mmtune.core.errors import UserError
+from mmtune.parts.language import LanguageModel, load_tokenizer
+from tests.tiny_models import FAMILIES, VOCABULARY, WIDTH, save_language, save_tower, tokenizer
+
+FP32 = torch.float32
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings [2, 9, WIDTH] and a mask whose second row is padded to the right."""
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    mask[1, 6:] = 0
+    return torch.randn(2, 9, WIDTH, generator=torch.Generator().manual_seed(3)), mask
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_transformers(tmp_path: Path, family: str, tied: bool) -> None:
+    weights = save_language(tmp_path, family, tie_word_embeddings=tied)
+    language = LanguageModel.load(weights, None, FP32)
+    theirs = AutoModelForCausalLM.from_pretrained(weights)
+    embeddings, mask = inputs()
+    with torch.no_grad():
+        found = language.logits(language.hidden(embeddings, mask))
+        expected = theirs(inputs_embeds=embeddings, attention_mask=mask).logits
+    assert found.shape == (2, 9, VOCABULARY)
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "cohere", "granite"])
+def test_scale_and_cap_matter_here(tmp_path: Path, family: str) -> None:
+    """Otherwise the test above could not tell whether they are applied."""
+    language = LanguageModel.load(save_language(tmp_path, family), None, FP32)
+    with torch.no_grad():
+        hidden = language.hidden(*inputs())
+        bare = language.hf.get_output_embeddings()(hidden)
+        assert (language.logits(hidden) - bare).abs().max() > 0.1
+
+
+def test_the_head_on_chosen_positions(tmp_path: Path) -> None:
+    language = LanguageModel.load(save_language(tmp_path), None, FP32)
+    with torch.no_grad():
+        hidden = language.hidden(*inputs())
+        chosen = hidden[:, [2, 5]]
+        torch.testing.assert_close(language.logits(chosen), language.logits(hidden)[:, [2, 5]])
+
+
+def test_embeddings_are_the_models_own(tmp_path: Path) -> None:
+    language = LanguageModel.load(save_language(tmp_path), None, FP32)
+    ids = torch.tensor([[1, 9, 44], [7, 7, 0]])
+    assert torch.equal(language.embed(ids), language.hf.get_input_embeddings().weight[ids])
+
+
+def test_too_few_embeddings_for_the_tokenizer(tmp_path: Path) -> None:
+    weights = save_language(tmp_path, vocab_size=260)
+    with pytest.raises(UserError, match="tokenizer has 261 tokens, the model only 260 embeddings"):
+        LanguageModel.load(weights, None, FP32)
+
+
+def test_a_tokenizer_from_elsewhere(tmp_path: Path) -> None:
+    weights = save_language(tmp_path / "lm")
+    for file in (tmp_path / "lm").glob("*token*"):
+        file.unlink()
+    tokenizer().save_pretrained(tmp_path / "tokens")
+    language = LanguageModel.load(weights, str(tmp_path / "tokens"), FP32)
+    assert len(language.tokenizer) == 261
+    with pytest.raises(UserError, match="no tokenizer can be loaded"):
+        load_tokenizer(str(tmp_path / "nowhere"))
+
+
+def test_folders_that_hold_no_language_model(tmp_path: Path) -> None:
+    save_tower(tmp_path / "tower")
+    tokenizer().save_pretrained(tmp_path / "tower")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        LanguageModel.load(str(tmp_path / "tower"), None, FP32)
+
+
+def test_created_from_a_config(tmp_path: Path) -> None:
+    """The tokenizer gives vocabulary size and special ids, unless the config names its own."""
+    tokenizer().save_pretrained(tmp_path / "tokens")
+    config = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    language = LanguageModel.create(config, str(tmp_path / "tokens"))
+    assert language.hf.config.vocab_size == 261 and language.hf.config.eos_token_id == 2
+    larger = LanguageModel.create({**config, "vocab_size": 300, "eos_token_id": 4}, str(tmp_path / "tokens"))
+    assert larger.hf.config.vocab_size == 300 and larger.hf.config.eos_token_id == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [({"hidden_size": 8}, "'model_type' is missing"), ({"model_type": "lama"}, "no model_type 'lama'")],
+)
+def test_faulty_configs(tmp_path: Path, config: dict[str, object], message: str) -> None:
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        LanguageModel.create(config, str(tmp_path))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_saved_and_loaded_bit_for_bit(tmp_path: Path, tied: bool) -> None:
+    language = LanguageModel.load(save_language(tmp_path / "lm", tie_word_embeddings=tied), None, FP32)
+    language.save(tmp_path / "saved")
+    again = LanguageModel.load(str(tmp_path / "saved"), None, FP32)
+    before, after = language.hf.state_dict(), again.hf.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert again.tokenizer.get_vocab() == language.tokenizer.get_vocab()
+    assert again.tokenizer.chat_template == language.tokenizer.chat_template

@@ -34,10 +34,19 @@ class ImageTransform:
             square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
             picture = square
         if self.fit == "crop":
-            picture = ImageOps.fit(picture, (self.size, self.size), Image.Resampling.BICUBIC)
+            picture = _crop(picture, self.size)
         if picture.size != (self.size, self.size):
             picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC)
         return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
+
+
+def _crop(picture: Image.Image, size: int) -> Image.Image:
+    """Shorter side to `size`, the longer one rounded down to whole pixels first, then the middle: as CLIP."""
+    short = min(picture.size)
+    width, height = (size * side // short for side in picture.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = picture.resize((width, height), Image.Resampling.BICUBIC)
+    return resized.crop((left, top, left + size, top + size))
 
 
 def load_image(path: Path) -> Image.Image:
@@ -51,10 +60,10 @@ def load_image(path: Path) -> Image.Image:
             picture = ImageOps.exif_transpose(opened)
     except FileNotFoundError:
         raise UserError("no such picture", where=path, mend="Is image_root right?") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Damaged headers make decoders raise nearly anything, struct.error too.
         raise UserError(f"this picture cannot be read: {error}", where=path) from None
     if picture.mode.startswith("I"):
-        grey = np.asarray(picture).astype(np.int64)
+        grey = np.asarray(picture).clip(0, 65535)
         picture = Image.fromarray((grey >> 8 if grey.max() > 255 else grey).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")

@@ -59,7 +59,8 @@ def image_first(sample: Sample) -> Sample:
         count = turn.text.count(IMAGE)
         if turn.role != "user" or count == 0:
             return turn
-        return Turn("user", f"{IMAGE}\n" * count + turn.text.replace(IMAGE, "").strip())
+        rest = turn.text.replace(IMAGE, "").strip()
+        return Turn("user", "\n".join([IMAGE] * count + ([rest] if rest else [])))
 
     return replace(sample, turns=tuple(moved(turn) for turn in sample.turns))
 
@@ -95,10 +96,11 @@ def _sample(row: Any, where: str, image_root: Path) -> Sample:
 def _turn(entry: Any, index: int, where: str) -> Turn:
     if not isinstance(entry, dict) or not isinstance(entry.get("value"), str):
         raise UserError(f"turn {index + 1} must be an object with 'from' and a text 'value'", where=where)
-    role = ROLES.get(entry.get("from", ""))
+    speaker = entry.get("from")
+    role = ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         raise UserError(
-            f"turn {index + 1}: unknown speaker {entry.get('from')!r}",
+            f"turn {index + 1}: unknown speaker {speaker!r}",
             where=where,
             mend=f"Known: {', '.join(ROLES)}.",
         )

@@ -36,7 +36,7 @@ VOCABULARY = 264
 WIDTH = 32
 SIZE, PATCH = 16, 8
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
-VISION = {
+VISION: dict[str, Any] = {
     "hidden_size": 24,
     "intermediate_size": 40,
     "num_hidden_layers": 4,
@@ -46,7 +46,7 @@ VISION = {
     "initializer_range": 0.3,
     "initializer_factor": 1.0,
 }
-_DECODER = {
+_DECODER: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
     "intermediate_size": 48,

@@ -248,10 +248,13 @@ def read_options(folder: str | Path) -> ModelOptions:
     kinds = {"vision": VisionOptions, "connector": ConnectorOptions, "language": LanguageOptions}
     parts = {}
     for name, kind in kinds.items():
-        fields = {key: value for key, value in config[name].items() if key != "adapter"}
+        fields = {key: value for key, value in config.get(name, {}).items() if key != "adapter"}
         for key in fields.keys() & REFERENCES:
             fields[key] = fields[key] and _resolved(fields[key], folder)
-        parts[name] = kind(**fields)
+        try:
+            parts[name] = kind(**fields)
+        except TypeError as error:
+            raise UserError(f"the {name} is not described: {error}", where=folder / "config.json") from None
     return ModelOptions(base=None, **parts)
 
 

@@ -348,6 +348,17 @@ def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:
         VisionLanguageModel.from_pretrained(tmp_path / "lm")
 
 
+@pytest.mark.parametrize("change", [{"vision": {}}, {"connector": {"kind": "linear", "colour": "red"}}])
+def test_a_config_that_describes_no_model(
+    model: VisionLanguageModel, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    model.save_pretrained(tmp_path / "final")
+    config = json.loads((tmp_path / "final/config.json").read_text())
+    (tmp_path / "final/config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UserError, match=f"the {next(iter(change))} is not described"):
+        VisionLanguageModel.from_pretrained(tmp_path / "final")
+
+
 # Parts in place of others
 
 
@@ -401,6 +412,19 @@ def test_an_adapter_is_plain_pefts(model: VisionLanguageModel, tmp_path: Path) -
     with torch.no_grad():
         theirs = peft(inputs_embeds=model.splice(batch), attention_mask=batch.attention_mask).logits
     torch.testing.assert_close(theirs[batch.attention_mask.bool()], logits(model, batch))
+
+
+def test_restored_in_bfloat16(model: VisionLanguageModel, tmp_path: Path) -> None:
+    """Everything but the adapter, which peft keeps in fp32."""
+    attach_lora(model, "language")
+    model.eval().save_pretrained(tmp_path / "final")
+    half = VisionLanguageModel.from_pretrained(tmp_path / "final", dtype="bfloat16")
+    dtypes = {("lora" in name, parameter.dtype) for name, parameter in half.named_parameters()}
+    assert dtypes == {(False, torch.bfloat16), (True, torch.float32)}
+    batch = tiny.batch(MIXED)
+    with torch.no_grad():
+        assert half(batch).item() == pytest.approx(model(batch).item(), rel=0.1)
+    assert len(answers(half, 8)) == 16
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -97,9 +97,10 @@ def encode_samples(
 def batch_order(examples: Sequence[Example], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The batches of an epoch as lists of indices: a function of its arguments alone, so a run can resume.
 
-    Samples of similar length, and with or without pictures, share a batch; the batch with the longest
-    sample comes first, so that running out of memory shows at once. The last batch of an epoch may be
-    smaller.
+    Samples of similar length share a batch, and those with pictures are kept from those without, but for
+    one batch of what is left over of both. The longest sample comes in the first batch and the longest
+    full batch no later than second, so that running out of memory shows at once. At most one batch is
+    smaller; it comes last unless it holds the longest sample.
     """
     generator = random.Random(f"{seed}/{epoch}")
     order = list(range(len(examples)))
@@ -117,11 +118,16 @@ def batch_order(examples: Sequence[Example], batch_size: int, seed: int, epoch: 
     batches += [rest[i : i + batch_size] for i in range(0, len(rest), batch_size)]
     generator.shuffle(batches)
     small = [batch for batch in batches if len(batch) < batch_size]
-    batches = [batch for batch in batches if len(batch) == batch_size] + small
-    longest = max(range(len(batches)), key=lambda b: max(len(examples[i].ids) for i in batches[b]))
-    if len(batches[longest]) == batch_size:
-        batches.insert(0, batches.pop(longest))
-    return batches
+    full = [batch for batch in batches if len(batch) == batch_size]
+
+    def longest(batch: list[int]) -> int:
+        return max(len(examples[i].ids) for i in batch)
+
+    if full:
+        full.insert(0, full.pop(max(range(len(full)), key=lambda b: longest(full[b]))))
+    if small and full and longest(small[0]) > longest(full[0]):
+        return small + full
+    return full + small
 
 
 def collate(examples: Sequence[Example], transform: ImageTransform, pad_id: int) -> Batch:

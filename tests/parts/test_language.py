@@ -16,10 +16,14 @@ FP32 = torch.float32
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings [2, 9, WIDTH] and a mask whose second row is padded to the right."""
-    mask = torch.ones(2, 9, dtype=torch.int64)
+    """Embeddings [3, 9, WIDTH] and a mask with a row padded to the right and one to the left.
+
+    The second alone shows whether the mask is heeded: no word sees what comes after it anyway.
+    """
+    mask = torch.ones(3, 9, dtype=torch.int64)
     mask[1, 6:] = 0
-    return torch.randn(2, 9, WIDTH, generator=torch.Generator().manual_seed(3)), mask
+    mask[2, :4] = 0
+    return torch.randn(3, 9, WIDTH, generator=torch.Generator().manual_seed(3)), mask
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -32,7 +36,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path, family: str, tied: boo
     with torch.no_grad():
         found = language.logits(language.hidden(embeddings, mask))
         expected = theirs(inputs_embeds=embeddings, attention_mask=mask).logits
-    assert found.shape == (2, 9, VOCABULARY)
+    assert found.shape == (3, 9, VOCABULARY)
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-5, atol=1e-5)
 
 

@@ -143,3 +143,13 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("MMTUNE_REAL_DATA names no folder of real samples")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small tiny world under datasets/tiny and a random model, base. Only to be read."""
+    from tests.world import build
+
+    folder = tmp_path_factory.mktemp("world")
+    build(folder)
+    return folder

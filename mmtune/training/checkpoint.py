@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmtune.core.errors import UserError
-from mmtune.core.files import read_json, write_json
+from mmtune.core.files import read_json, write_json, write_text
 from mmtune.parts.model import VisionLanguageModel
 from mmtune.tuning.base import Tuner
 
@@ -85,8 +85,15 @@ def cut_metrics(path: Path, step: int) -> None:
     """Cuts metrics.jsonl back to what was logged up to `step`."""
     if not path.is_file():
         return
-    lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
-    path.write_text("".join(f"{line}\n" for line in lines))
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except json.JSONDecodeError:  # the run ended while it was writing this line
+            break
+        kept.append(f"{line}\n")
+    write_text(path, "".join(kept))
 
 
 def _step(folder: Path) -> int:

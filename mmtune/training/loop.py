@@ -14,6 +14,9 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
@@ -61,8 +64,14 @@ def _train_stage(
 ) -> int:
     folder, settings = options.folder, stage.train
     torch.manual_seed(options.seed)
-    accelerator = Accelerator(mixed_precision="bf16" if options.model.dtype == "bfloat16" else "no")
-    model = assemble(base)
+    AcceleratorState._reset_state()  # of another run in this process, whose precision it would insist on
+    accelerator = Accelerator(
+        mixed_precision="bf16" if options.model.dtype == "bfloat16" else "no",
+        # Said here, or an environment variable would have the last word and scale the loss.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
+    # Before anything is attached: what a tuner keeps beside the weights lies where they lie.
+    model = assemble(base).to(accelerator.device)
     tuners, rates = _attach(model, stage, folder, number)
     if settings.activation_checkpointing:
         for part in (model.vision, model.language):
@@ -79,7 +88,14 @@ def _train_stage(
     checkpoints = folder / "checkpoints"
     found = newest(checkpoints)
     if found is not None and read_json(found / "training/state.json")["stage"] == number:
-        start = load_checkpoint(found, model, optimizer, tuners)["stage_step"]
+        saved = load_checkpoint(found, model, optimizer, tuners)
+        if saved["data"] != data_hash:
+            raise UserError(
+                "the training data is not what this run was started with",
+                where=found,
+                mend="Put the files back, or start a run of another name.",
+            )
+        start = saved["stage_step"]
     cut_metrics(folder / "metrics.jsonl", first_step + start)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     model.train()
@@ -91,6 +107,8 @@ def _train_stage(
         batch_sampler=[micro for step in plan[start:] for micro in step],
         collate_fn=partial(collate, transform=model.transform, pad_id=model.language.pad_id),
         num_workers=settings.workers,
+        # Its own: from the global one a resumed run would draw a seed that the first run did not.
+        generator=torch.Generator(),
     )
     batches = iter(loader)
     label = (
@@ -123,7 +141,7 @@ def _train_stage(
                     for penalty in penalties.values():
                         loss = loss + penalty
                 accelerator.backward(loss)
-            _stop_if_not_finite(task_loss, first_step + step + 1, micros)
+            _stop_if_not_finite("loss", task_loss, first_step + step + 1, micros)
             if penalty_gradients:
                 of_task = [p.grad - g for p, g in penalty_gradients.items() if p.grad is not None]
                 line |= {
@@ -131,6 +149,7 @@ def _train_stage(
                     "task_grad_norm": _norm(of_task),
                 }
             line["grad_norm"] = float(accelerator.clip_grad_norm_(model.parameters(), settings.clip))
+            _stop_if_not_finite("gradient's norm", line["grad_norm"], first_step + step + 1, micros)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             for tuner in tuners.values():
@@ -159,7 +178,8 @@ def _train_stage(
 def _open_folder(options: RunOptions, resume: bool) -> None:
     folder, described = options.folder, to_dict(options)
     saved = folder / "run.yaml"
-    if not saved.is_file():
+    # A run that was stopped before its first step, by a mistake in its config for example, is none.
+    if not saved.is_file() or not (folder / "metrics.jsonl").is_file():
         write_text(saved, yaml.safe_dump(described, sort_keys=False))
         return
     if not resume:
@@ -194,11 +214,9 @@ def _attach(
 
 def print_tuning_table(rows: list[Row]) -> None:
     """One line per part and way of tuning; every module is in tuning_table.json."""
-    table = Table(title="What trains")
+    table = Table(title="What trains", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in ("part", "tuner", "modules", "trained", "of", "lr", "pruned", "regularised"):
-        table.add_column(
-            heading, justify="right" if heading in ("modules", "trained", "of", "lr") else "left"
-        )
+        table.add_column(heading, justify="left" if heading in ("part", "tuner") else "right")
     for part in PARTS:
         for tuner in dict.fromkeys(row.tuner for row in rows if row.part == part):
             mine = [row for row in rows if row.part == part and row.tuner == tuner]
@@ -209,10 +227,8 @@ def print_tuning_table(rows: list[Row]) -> None:
                 f"{sum(row.trained for row in mine):,}",
                 f"{sum(row.parameters for row in mine):,}",
                 next((f"{row.lr:g}" for row in mine if row.lr is not None), "-"),
-                f"{sum(row.pruned for row in mine)} modules" if any(row.pruned for row in mine) else "-",
-                f"{sum(row.regularised for row in mine)} modules"
-                if any(row.regularised for row in mine)
-                else "-",
+                str(sum(row.pruned for row in mine) or "-"),
+                str(sum(row.regularised for row in mine) or "-"),
             )
     Console(stderr=True).print(table)
 
@@ -256,11 +272,11 @@ def _norm(tensors: Iterable[torch.Tensor]) -> float:
     return math.sqrt(sum(float(tensor.float().pow(2).sum()) for tensor in tensors))
 
 
-def _stop_if_not_finite(loss: float, step: int, micros: list[Batch]) -> None:
-    if not math.isfinite(loss):
+def _stop_if_not_finite(name: str, value: float, step: int, micros: list[Batch]) -> None:
+    if not math.isfinite(value):
         ids = ", ".join(name for micro in micros for name in micro.sample_ids)
         raise UserError(
-            f"the loss is {loss} at step {step}; the samples were {ids}",
+            f"the {name} is {value} at step {step}; the samples were {ids}",
             mend="Lower the learning rate, or look at these samples. The last checkpoint is untouched.",
         )
 

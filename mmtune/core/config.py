@@ -7,7 +7,7 @@ metadata, `field(metadata=chosen_by("tuner", TUNERS))`.
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 import types
 import typing
 from collections.abc import Callable
@@ -60,8 +60,12 @@ class Source:
             raise UserError("the file is empty", where=self.path)
         return self._build(node, ())
 
-    def _build(self, node: yaml.Node, key: Path_) -> Any:
+    def _build(self, node: yaml.Node, key: Path_, within: tuple[yaml.Node, ...] = ()) -> Any:
         self.lines.setdefault(key, node.start_mark.line + 1)
+        if any(node is outer for outer in within):
+            self.fault(key, "an alias stands inside itself")
+            return None
+        within = (*within, node)
         if isinstance(node, yaml.MappingNode):
             mapping: dict[str, Any] = {}
             for name_node, value_node in node.value:
@@ -77,12 +81,15 @@ class Source:
                         )
                     )
                 self.lines[inner] = name_node.start_mark.line + 1
-                mapping[name] = self._build(value_node, inner)
+                mapping[name] = self._build(value_node, inner, within)
             return mapping
         if isinstance(node, yaml.SequenceNode):
-            return [self._build(item, (*key, str(i))) for i, item in enumerate(node.value)]
-        loader = yaml.SafeLoader("")
-        value = loader.construct_object(node)
+            return [self._build(item, (*key, str(i)), within) for i, item in enumerate(node.value)]
+        try:
+            value = yaml.SafeLoader("").construct_object(node)
+        except (yaml.YAMLError, ValueError):  # an unknown !tag, a date such as 2026-13-01
+            self.fault(key, f"'{node.value}' is no value of YAML", "Put it in quotes if it is text.")
+            return None
         # YAML 1.1 reads 2e-4 (no dot) as text; everybody who writes it means a number.
         if isinstance(value, str) and getattr(node, "style", None) is None:
             value = _number_or_text(value)
@@ -102,7 +109,7 @@ class Source:
         key = tuple(dotted.split("."))
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             value = text
         if isinstance(value, str):
             value = _number_or_text(value)
@@ -126,7 +133,10 @@ class Source:
                 if last:
                     holder[name] = value
                 else:
-                    holder = holder.setdefault(name, {})
+                    if name not in holder:
+                        holder[name] = {}
+                        self.lines[key[: i + 1]] = 0
+                    holder = holder[name]
             else:
                 self.faults.append(
                     Fault(
@@ -135,6 +145,7 @@ class Source:
                     )
                 )
                 return
+        self.lines = {known: line for known, line in self.lines.items() if known[: len(key)] != key}
         self.lines[key] = 0
 
     def finish(self) -> None:
@@ -149,7 +160,7 @@ def chosen_by(key: str, table: Table, default: str | None = None) -> dict[str, A
 
 
 def parse(cls: type, source: Source) -> Any:
-    """An instance of the dataclass `cls` from a whole YAML file. Raises UserError with every fault at once."""
+    """An instance of the dataclass `cls` from a YAML file. Raises UserError with every fault at once."""
     value = build(cls, source.tree, (), source)
     source.finish()
     return value
@@ -256,7 +267,9 @@ def _fits(hint: Any, value: Any) -> bool:
     if origin is Literal:
         return value in typing.get_args(hint)
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        # Larger whole numbers than the largest float are no numbers either: float() would raise.
+        numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return numeric and abs(value) <= sys.float_info.max
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is Path:
@@ -299,7 +312,7 @@ def _number_or_text(value: str) -> str | float:
         number = float(value)
     except ValueError:
         return value
-    looks_numeric = value.strip().lower().lstrip("+-")[:1].isdigit()
+    looks_numeric = value.strip().lower().lstrip("+-.")[:1].isdigit()
     return number if looks_numeric and "e" in value.lower() else value
 
 

@@ -11,6 +11,9 @@ from typing import Any
 
 from mmtune.core.errors import UserError
 
+# Python refuses numbers of thousands of digits, and brackets nested as deep.
+_UNPARSED = (ValueError, RecursionError)
+
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file. Raises UserError where it is missing, a folder, unreadable or not UTF-8."""
@@ -35,6 +38,8 @@ def read_json(path: Path) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"not valid JSON: {error.msg}", where=f"{path}, line {error.lineno}") from None
+    except _UNPARSED as error:
+        raise UserError(f"not valid JSON: {error}", where=path) from None
 
 
 def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -48,6 +53,8 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"not valid JSON: {error.msg}", where=f"{path}, line {number}") from None
+        except _UNPARSED as error:
+            raise UserError(f"not valid JSON: {error}", where=f"{path}, line {number}") from None
         if not isinstance(row, dict):
             raise UserError(f"expected an object, found {type(row).__name__}", where=f"{path}, line {number}")
         rows.append((number, row))

@@ -112,9 +112,9 @@ def batch_order(examples: Sequence[Example], batch_size: int, seed: int, epoch: 
         kind = [i for i in order if bool(examples[i].images) == has_image]
         for start in range(0, len(kind), chunk):
             part = sorted(kind[start : start + chunk], key=lambda i: -len(examples[i].ids))
-            full = len(part) - len(part) % batch_size
-            batches += [part[i : i + batch_size] for i in range(0, full, batch_size)]
-            rest += part[full:]
+            end = len(part) - len(part) % batch_size
+            batches += [part[i : i + batch_size] for i in range(0, end, batch_size)]
+            rest += part[end:]
     batches += [rest[i : i + batch_size] for i in range(0, len(rest), batch_size)]
     generator.shuffle(batches)
     small = [batch for batch in batches if len(batch) < batch_size]

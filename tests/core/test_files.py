@@ -1,0 +1,122 @@
+"""Files: broken ones are named with their line, written ones are whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmtune.core.errors import UserError
+from mmtune.core.files import read_json, read_jsonl, read_text, replacing, share, write_json, write_text
+
+values: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("files")
+
+
+@given(value=values)
+@settings(max_examples=40, deadline=None)
+def test_json_comes_back(folder: Path, value: Any) -> None:
+    write_json(folder / "a.json", value)
+    assert read_json(folder / "a.json") == value
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.lists(st.dictionaries(st.text(), values), min_size=1))
+def test_jsonl_comes_back_with_line_numbers(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """U+2028 and the like inside a string end no line, blank lines count but hold nothing."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (folder / "a.jsonl").write_text("\n\n".join(lines) + "\n", encoding="utf-8", newline="")
+    assert read_jsonl(folder / "a.jsonl") == [(2 * i + 1, row) for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b" \n", "the file is empty"),
+        (b'{"a": 1,\n "b": }', "line 2: not valid JSON"),
+        (b'["a\xff"]', r"not a UTF-8 text file \(byte 3\)"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"1" * 5_000, "not valid JSON"),
+    ],
+)
+def test_broken_json(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.json.*{message}"):
+        read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "the file is empty"),
+        ('{"a": 1}\n\n{"a": \n', "line 3: not valid JSON"),
+        ('{"a": 1}\n[1]\n', "line 2: expected an object, found list"),
+        ('{"a": ' + "1" * 5_000 + "}", "line 1: not valid JSON"),
+    ],
+)
+def test_broken_jsonl(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(UserError, match=rf"a\.jsonl.*{message}"):
+        read_jsonl(tmp_path / "a.jsonl")
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        read_text(tmp_path / "a")
+    with pytest.raises(UserError, match="this is a folder"):
+        read_text(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be read: Not a directory"):
+        read_text(tmp_path / "file" / "a")
+
+
+def test_writing_makes_the_folder_and_leaves_nothing_else(tmp_path: Path) -> None:
+    write_text(tmp_path / "new" / "a.txt", "naïve\n")
+    assert (tmp_path / "new" / "a.txt").read_bytes() == "naïve\n".encode()
+    assert os.listdir(tmp_path / "new") == ["a.txt"]
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
+        temporary.write_text("ne")
+        assert path.read_text() == "old"
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), {"a": [float("inf")]}])
+def test_what_is_no_json_is_not_written(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "a.json", value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "file" / "a.txt", tmp_path / "folder"):
+        with pytest.raises(UserError, match="cannot be written"):
+            write_text(path, "x")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_what_ships_with_the_package() -> None:
+    assert (share("data") / "tiny_iconqa.yaml").is_file()
+    assert share("eval").is_dir()

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, read_jsonl
 
-VERSION = 3  # part of the stamp: raise it whenever the same seed would give other files
+VERSION = 4  # part of the stamp: raise it whenever the same seed would give other files
 
 GRID = 4  # cells along each side
 CELL = 16  # pixels along each side of a cell
@@ -85,6 +85,7 @@ class Sizes:
     downstream_train: int = 6_000
     downstream_val: int = 200
     downstream_test: int = 400
+    simple: int = 6_000
 
 
 FULL_SIZES = Sizes()
@@ -146,6 +147,14 @@ def sign_scene(rng: random.Random) -> Scene:
     count = rng.randint(0, 2)
     objects = dict(zip(rng.sample(free, count), rng.sample(KINDS, count), strict=True))
     return Scene(objects, word, start)
+
+
+def simple_scene(rng: random.Random) -> Scene:
+    """One object, or one letter, in an otherwise empty picture."""
+    cell = rng.choice(CELLS)
+    if rng.random() < 1 / 3:
+        return Scene({}, rng.choice(LETTERS), cell)
+    return Scene({cell: rng.choice(KINDS)})
 
 
 def caption(scene: Scene) -> str:
@@ -421,6 +430,20 @@ def llava_row(name: str, image: str | None, turns: Iterable[tuple[str, str]]) ->
     return row
 
 
+def write_simple(world: World) -> None:
+    """Pictures of a single thing and their captions: what a model from nothing sees first."""
+    scenes, drawing = (world.stream("simple", purpose) for purpose in ("scenes", "drawing"))
+    pictures = world.folder / "images" / "simple"
+    pictures.mkdir(parents=True)
+    captions = []
+    for number in range(world.sizes.simple):
+        scene = simple_scene(scenes)
+        name = f"simple_{number:06d}"
+        save_picture(draw_scene(scene, drawing), pictures / f"{name}.png")
+        captions.append(llava_row(name, f"images/simple/{name}.png", [(DESCRIBE, caption(scene))]))
+    save_list(captions, world.folder / "train_simple.json")
+
+
 def write_train(world: World) -> None:
     """The train pictures with a caption and a conversation each, and the rows without a picture."""
     scenes, drawing, asking = (world.stream("train", purpose) for purpose in ("scenes", "drawing", "asking"))
@@ -610,6 +633,7 @@ def generate(folder: Path, seed: int = 0, sizes: Sizes = FULL_SIZES) -> None:
     if partial.exists():
         shutil.rmtree(partial)  # left by a run that was interrupted
     world = World(partial, seed, sizes)
+    write_simple(world)
     write_train(world)
     for split in ("val", "test"):
         (partial / "images" / split).mkdir()

@@ -55,7 +55,13 @@ def train_tokenizer(world: Path, folder: Path) -> None:
 
 
 def _texts(world: Path) -> Iterator[str]:
-    for name in ("train_cells.json", "train_captions.json", "train_instructions.json", "train_iconqa.json"):
+    for name in (
+        "train_simple.json",
+        "train_cells.json",
+        "train_captions.json",
+        "train_instructions.json",
+        "train_iconqa.json",
+    ):
         for row in read_json(world / name):
             for turn in row["conversations"]:
                 yield turn["value"].replace(IMAGE, "")

@@ -106,11 +106,15 @@ def _positive(text: str) -> int:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from mmtune.evaluation.protocol import load_suite
+    from mmtune.evaluation.protocol import load_protocol, load_suite
     from mmtune.run import read_run
 
     run = read_run(options.yaml, options.overrides)
     suite = load_suite(run.evaluate.suite) if run.evaluate else None
+    tasks = [*suite.source, *suite.target] if suite else []
+    if run.evaluate and run.evaluate.at_end:
+        for task in tasks:  # what is missing is said now, not after hours of training
+            load_protocol(task).questions(run.evaluate.split, run.evaluate.root)
     from mmtune.training.loop import train
 
     final = train(run, resume=options.resume)
@@ -122,7 +126,7 @@ def _train(options: argparse.Namespace) -> None:
     place = run.folder / "eval" / f"{suite.name}-{run.evaluate.split}"
     made = evaluate(
         final,
-        [*suite.source, *suite.target],
+        tasks,
         place,
         split=run.evaluate.split,
         batch_size=run.evaluate.batch_size,

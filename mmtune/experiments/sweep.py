@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +45,7 @@ def read_sweep(path: Path, overrides: list[str] | None = None) -> tuple[SweepOpt
     for values in itertools.product(*options.grid.values()):
         chosen = dict(zip(options.grid, values, strict=True))
         short = "_".join(f"{key.rpartition('.')[2]}{_short(value)}" for key, value in chosen.items())
-        settings = [f"{key}={value}" for key, value in chosen.items()]
+        settings = [f"{key}={json.dumps(value)}" for key, value in chosen.items()]
         places = [f"name={options.name}_{short}", f"output={options.output / options.name}"]
         runs.append(read_run(run_file, settings + places))
     names = [run.name for run in runs]

@@ -15,7 +15,8 @@ from mmtune.run import RunOptions, read_run
 
 @dataclass
 class SweepOptions:
-    """run: the YAML that is varied, relative to the sweep's. grid: a list of values for each dotted key.
+    """run: the YAML that is varied, relative to the sweep's. grid: a list of values for each dotted key;
+    several keys with commas between take the same value.
 
     The best run is the one with the highest `choose` on `split` of `suite`: never choose on test.
     """
@@ -45,7 +46,9 @@ def read_sweep(path: Path, overrides: list[str] | None = None) -> tuple[SweepOpt
     for values in itertools.product(*options.grid.values()):
         chosen = dict(zip(options.grid, values, strict=True))
         short = "_".join(f"{key.rpartition('.')[2]}{_short(value)}" for key, value in chosen.items())
-        settings = [f"{key}={json.dumps(value)}" for key, value in chosen.items()]
+        settings = [
+            f"{key.strip()}={json.dumps(value)}" for keys, value in chosen.items() for key in keys.split(",")
+        ]
         places = [f"name={options.name}_{short}", f"output={options.output / options.name}"]
         runs.append(read_run(run_file, settings + places))
     names = [run.name for run in runs]

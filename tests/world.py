@@ -19,7 +19,9 @@ from mmtune.parts.model import assemble
 from mmtune.parts.spec import ConnectorOptions, LanguageOptions, ModelOptions, VisionOptions
 from mmtune.run import RunOptions, read_run
 
-SIZES = Sizes(train=40, text=12, val=5, test=12, downstream_train=40, downstream_val=5, downstream_test=12)
+SIZES = Sizes(
+    train=40, text=12, val=5, test=12, downstream_train=40, downstream_val=5, downstream_test=12, simple=8
+)
 FROZEN: dict[str, Any] = {"tuner": "frozen"}
 FULL: dict[str, Any] = {"tuner": "full", "lr": 2e-4}
 LORA: dict[str, Any] = {"tuner": "lora", "rank": 4, "alpha": 8, "lr": 1e-3}

@@ -113,7 +113,7 @@ def _moments(model: VisionLanguageModel, optimizer: torch.optim.Optimizer) -> di
 
 def _rng_state() -> dict[str, Any]:
     version, numbers, gauss = random.getstate()
-    kind, keys, *rest = np.random.get_state(legacy=True)  # type: ignore[misc]
+    kind, keys, *rest = np.random.get_state(legacy=True)
     state = {
         "python": [version, list(numbers), gauss],
         "numpy": [kind, np.asarray(keys).tolist(), *rest],

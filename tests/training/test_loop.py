@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mmtune.cli import main
@@ -143,7 +143,7 @@ def test_activation_checkpointing_is_switched_on(
     seen = {}
 
     def look(model: VisionLanguageModel, folder: Path, state: dict[str, Any]) -> None:
-        seen["on"] = [part.hf.is_gradient_checkpointing for part in (model.vision, model.language)]
+        seen["on"] = [model.core(part).is_gradient_checkpointing for part in ("vision", "language")]
 
     monkeypatch.setattr(loop, "_save_model", look)
     train(run_options(world, tmp_path, train={"steps": 1, "activation_checkpointing": True}))
@@ -173,7 +173,7 @@ def test_the_norms_of_task_and_penalty_are_those_of_autograd(world: Path, tmp_pa
     for layer in model.language.modules():
         if hasattr(layer, "lora_A"):
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight  # type: ignore[index,union-attr]
-            regularised += [a.requires_grad_(), b.requires_grad_()]  # type: ignore[union-attr,operator]
+            regularised += [a.requires_grad_(), b.requires_grad_()]
             terms["language"].append((retention(layer.get_base_layer().weight, 1.5) * (b @ a)).norm())  # type: ignore[operator]
     penalties = {
         part: weight * torch.stack(terms[part]).mean()
@@ -356,7 +356,11 @@ def test_epochs_give_steps_and_the_last_step_is_logged(world: Path, tmp_path: Pa
 
 def test_stages_go_on_from_one_another(world: Path, tmp_path: Path) -> None:
     single = run_options(world, tmp_path, "single")
-    block = {"data": to_plain(single), "tune": PLAIN, "train": {"steps": 2, "batch_size": 8, "log_every": 1}}
+    block: dict[str, Any] = {
+        "data": to_plain(single),
+        "tune": PLAIN,
+        "train": {"steps": 2, "batch_size": 8, "log_every": 1},
+    }
     second = {**block, "name": "more", "tune": {**PLAIN, "connector": FROZEN}}
     options = run_options(world, tmp_path, "staged", stages=[{**block, "name": "first"}, second])
     final = train(options)

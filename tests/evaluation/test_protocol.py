@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mmtune.core.errors import UserError
+from mmtune.evaluation.metrics.base import Question
+from mmtune.evaluation.protocol import load_protocol, load_suite, task_names
+
+QUESTION = Question("7", "How many?", ("two",), "test/choose_txt/7/image.png", "7", choices=("one", "two"))
+
+
+@pytest.mark.parametrize("task", task_names())
+def test_every_protocol_can_be_asked(task: str) -> None:
+    protocol = load_protocol(task)
+    assert protocol.task == task
+    for split in protocol.annotations:
+        assert "{" not in str(protocol.for_split(split).options.get("split", ""))
+    (turn,) = protocol.turns(QUESTION)
+    assert turn.role == "user"
+    assert turn.text.startswith("<image>\nHow many?\n")
+    assert "{" not in turn.text
+
+
+def test_prompts_are_those_of_the_benchmarks() -> None:
+    """LLaVA-1.5's prompt for short answers; the released LoRASculpt scripts' one for IconQA."""
+    short = "Answer the question using a single word or phrase."
+    assert load_protocol("textvqa").turns(QUESTION)[0].text == f"<image>\nHow many?\n{short}"
+    letters = "A. one\nB. two\nAnswer with the option's letter from the given choices directly."
+    assert load_protocol("iconqa_choose_txt").turns(QUESTION)[0].text == f"<image>\nHow many?\n{letters}"
+    without = replace(QUESTION, image=None)
+    assert load_protocol("tiny_text").turns(without)[0].text == "How many?\nAnswer briefly."
+
+
+def test_braces_in_a_question_stay() -> None:
+    question = replace(QUESTION, text="What is {x}?")
+    assert "What is {x}?" in load_protocol("textvqa").turns(question)[0].text
+
+
+def test_the_hash_is_of_what_decides_the_score() -> None:
+    protocol = load_protocol("tiny_iconqa")
+    assert protocol.hash == load_protocol("tiny_iconqa").hash
+    assert len(protocol.hash) == 16
+    assert replace(protocol, root=Path("/elsewhere")).hash == protocol.hash
+    assert replace(protocol, about="Something else.").hash == protocol.hash
+    changes = (
+        {"prompt": protocol.prompt + " "},
+        {"rule": "letter"},
+        {"max_new_tokens": 17},
+        {"options": {"task": "choose_img", "split": "{split}"}},
+        {"annotations": {"test": "other.json"}},
+    )
+    hashes = {replace(protocol, **change).hash for change in changes}
+    assert len(hashes | {protocol.hash}) == 1 + len(changes)
+
+
+def test_protocols_hash_apart() -> None:
+    assert len({load_protocol(task).hash for task in task_names()}) == len(task_names())
+
+
+@pytest.mark.parametrize("task", ["tiny_colour", "tiny_iconqa", "tiny_reading", "tiny_text"])
+def test_questions_of_the_tiny_world(world: Path, task: str) -> None:
+    root = world / "datasets" / "tiny"
+    protocol = load_protocol(task)
+    found = {split: protocol.questions(split, root) for split in ("val", "test")}
+    for split, (questions, file) in found.items():
+        assert file.is_file()
+        assert len(questions) == (5 if split == "val" else 12)
+        for question in questions:
+            assert (question.image is None) == (task == "tiny_text")
+            assert question.image is None or (root / protocol.images / question.image).is_file()
+    ids = [{question.id for question in questions} for questions, _ in found.values()]
+    assert not ids[0] & ids[1]
+
+
+def test_faults_say_what_is_known(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown task 'tiny_color'") as caught:
+        load_protocol("tiny_color")
+    assert "tiny_colour" in str(caught.value)
+    with pytest.raises(UserError, match="no split 'train'") as caught:
+        load_protocol("tiny_colour").questions("train", tmp_path)
+    assert "test, val" in str(caught.value)
+    with pytest.raises(UserError, match="no such annotation file") as caught:
+        load_protocol("textvqa").questions("val", tmp_path)
+    assert str(tmp_path / "TextVQA_0.5.1_val.json") in str(caught.value)
+    with pytest.raises(UserError, match="unknown suite 'tny'") as caught:
+        load_suite("tny")
+    assert "tiny" in str(caught.value)
+
+
+def test_a_suite_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: mine\nsource: [tiny_text]\ntarget: [tiny_place]\n")
+    assert load_suite(str(file)).source == ["tiny_text"]
+    file.write_text("name: mine\nsource: [tiny_text, tiny_txt]\ntarget: [tiny_place]\n")
+    with pytest.raises(UserError, match="unknown task 'tiny_txt'") as caught:
+        load_suite(str(file))
+    assert "source.1" in str(caught.value)
+
+
+def test_the_tiny_suite_is_five_and_one() -> None:
+    suite = load_suite("tiny")
+    assert len(suite.source) == 5
+    assert suite.target == ["tiny_iconqa"]

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mmtune.cli import main
+from mmtune.core.errors import UserError
+from mmtune.experiments.sweep import read_sweep
+from tests.world import FULL, LORA, run_file
+
+
+@pytest.fixture
+def place(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(world)
+    return tmp_path
+
+
+def sweep_file(world: Path, place: Path, grid: dict[str, Any], **changes: Any) -> Path:
+    run_file(world, place / "one", "run", train={"steps": 1})
+    described = {
+        "name": "grid",
+        "run": "one/run.yaml",
+        "base": str(world / "base"),
+        "grid": grid,
+        "suite": "tiny",
+        "split": "val",
+        "output": str(place / "runs"),
+        **changes,
+    }
+    path = place / "sweep.yaml"
+    path.write_text(yaml.safe_dump(described, sort_keys=False))
+    return path
+
+
+def test_a_grid_is_every_combination(world: Path, place: Path) -> None:
+    grid = {"tune.language.lr": [1e-3, 2e-5], "seed": [0, 1], "tune.connector.penalty": [None]}
+    _, runs = read_sweep(sweep_file(world, place, grid))
+    names = [run.name for run in runs]
+    assert names == [f"grid_lr{lr}_seed{seed}_penaltyNone" for lr in ("0.001", "2e-05") for seed in (0, 1)]
+    for run, (lr, seed) in zip(runs, [(1e-3, 0), (1e-3, 1), (2e-5, 0), (2e-5, 1)], strict=True):
+        assert run.tune
+        assert (run.tune.language.lr, run.seed) == (lr, seed)
+        assert run.tune.language.rank == LORA["rank"]
+        assert (run.tune.connector.lr, run.tune.connector.penalty) == (FULL["lr"], None)
+        assert run.folder == place / "runs" / "grid" / run.name
+
+
+def test_several_keys_may_share_a_value(world: Path, place: Path) -> None:
+    grid = {"tune.connector.lr, tune.language.lr": [1e-3, 1e-4]}
+    _, runs = read_sweep(sweep_file(world, place, grid))
+    assert [run.name for run in runs] == ["grid_lr0.001", "grid_lr0.0001"]
+    for run, rate in zip(runs, (1e-3, 1e-4), strict=True):
+        assert run.tune
+        assert (run.tune.connector.lr, run.tune.language.lr) == (rate, rate)
+
+
+def test_faults_of_the_sweep_and_of_its_runs(world: Path, place: Path) -> None:
+    with pytest.raises(UserError, match="no values"):
+        read_sweep(sweep_file(world, place, {"seed": []}))
+    with pytest.raises(UserError, match="unknown key 'ranc'"):
+        read_sweep(sweep_file(world, place, {"tune.language.ranc": [1]}))
+    with pytest.raises(UserError, match="same name"):
+        read_sweep(sweep_file(world, place, {"tune.language.lr": [1e-3, 1.0000001e-3]}))
+
+
+def test_a_sweep_skips_what_is_done_and_ends_in_a_report(
+    world: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = sweep_file(world, place, {"tune.language.lr": [0.0, 1e-2]})
+    assert main(["sweep", str(path)]) == 0
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    folder = place / "runs" / "grid"
+    report = json.loads((folder / "report" / "report.json").read_text())
+    assert [run["name"] for run in report["runs"]] == ["grid_lr0", "grid_lr0.01"]
+    assert report["made_with"]["split"] == "val"
+    best = max(report["runs"], key=lambda run: run["mean"])["name"]
+    assert said.out.splitlines()[-1] == f"best: {best}"
+
+    kept = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if "report" not in file.parts}
+    kept = {file: time for file, time in kept.items() if file.is_file()}
+    assert main(["sweep", str(path)]) == 0
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept

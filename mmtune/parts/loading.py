@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ def from_pretrained(cls: Any, weights: str, **options: Any) -> Any:
     Weights in the file that the model has no use for (a CLIP text tower, layers above the one that is
     used) are left unread.
     """
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

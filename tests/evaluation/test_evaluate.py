@@ -13,6 +13,7 @@ from rich.console import Console
 from mmtune.cli import main
 from mmtune.core.errors import UserError
 from mmtune.evaluation.evaluate import evaluate, print_results
+from mmtune.evaluation.metrics.base import Question
 from mmtune.evaluation.protocol import load_protocol
 
 TASKS = ["tiny_reading", "tiny_colour", "tiny_text", "tiny_iconqa"]
@@ -90,7 +91,13 @@ def test_fewer_new_tokens_give_shorter_answers(place: Path) -> None:
         assert len(long["prediction"]) > len(short["prediction"])
 
 
-def test_answers_alone_can_be_scored_to_the_same(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_answers_alone_can_be_scored_to_the_same(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half_right(model: object, protocol: object, questions: list[Question], *_: object) -> dict[str, str]:
+        return {q.id: q.answers[0] if i % 2 else "nothing" for i, q in enumerate(questions)}
+
+    monkeypatch.setattr("mmtune.evaluation.evaluate.generate_answers", half_right)
     evaluated = evaluate(Path("base"), TASKS, place / "scored")
     evaluate(Path("base"), TASKS, place / "answers", predict_only=True)
     assert not (place / "answers" / "results.json").exists()
@@ -109,6 +116,7 @@ def test_answers_alone_can_be_scored_to_the_same(place: Path, capsys: pytest.Cap
         said = json.loads(capsys.readouterr().out)
         assert said.pop("task") == task
         assert said == evaluated["results"][task]
+        assert 0 < said["score"] < 100
 
 
 def test_the_annotations_are_read_before_the_model(place: Path) -> None:

@@ -40,7 +40,7 @@ TRAIN = {
     "steps": 6,
     "micro_batch_size": 4,
     "schedule": "cosine",
-    "checkpoint": {"every": 2, "keep": 2},
+    "checkpoint": {"every": 2, "keep": 1},
 }
 SPEEDS = {"samples_per_s", "tokens_per_s"}
 
@@ -144,7 +144,7 @@ def test_resuming_a_finished_run_does_nothing(
 
 def test_nothing_in_a_run_is_pickled(whole: RunOptions) -> None:
     files = [path for path in whole.folder.rglob("*") if path.is_file()]
-    assert len(files) > 20
+    assert len(files) > 15
     # .jinja is the tokenizer's chat template, .md the card that peft writes.
     known = {".safetensors", ".json", ".jsonl", ".yaml", ".jinja", ".md"}
     assert {path.suffix for path in files} <= known
@@ -152,8 +152,8 @@ def test_nothing_in_a_run_is_pickled(whole: RunOptions) -> None:
 
 
 def test_the_newest_checkpoints_are_kept(whole: RunOptions, tmp_path: Path) -> None:
-    # None after the last step: that is `final`.
-    assert sorted(path.name for path in (whole.folder / "checkpoints").iterdir()) == ["step-2", "step-4"]
+    # Of those after steps 2 and 4. None after the last step: that is `final`.
+    assert [path.name for path in (whole.folder / "checkpoints").iterdir()] == ["step-4"]
     for step in (2, 4, 10, 100, 20):
         (tmp_path / f"step-{step}").mkdir()
     (tmp_path / ".step-200.partial").mkdir()

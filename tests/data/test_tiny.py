@@ -20,7 +20,7 @@ from mmtune.core.errors import UserError
 from mmtune.data import tiny
 
 SMALL = tiny.Sizes(
-    train=120, text=24, val=12, test=24, downstream_train=80, downstream_val=10, downstream_test=30
+    train=120, text=24, val=12, test=24, downstream_train=80, downstream_val=10, downstream_test=30, simple=20
 )
 SPLITS = ("val", "test")
 REAL = os.environ.get("MMTUNE_REAL_DATA")
@@ -364,7 +364,14 @@ def test_a_seed_fixes_every_byte(world: Path, tmp_path: Path) -> None:
 
 def test_splits_do_not_depend_on_each_other(world: Path, tmp_path: Path) -> None:
     sizes = tiny.Sizes(
-        train=5, text=2, val=3, test=SMALL.test, downstream_train=4, downstream_val=2, downstream_test=30
+        train=5,
+        text=2,
+        val=3,
+        test=SMALL.test,
+        downstream_train=4,
+        downstream_val=2,
+        downstream_test=30,
+        simple=3,
     )
     tiny.generate(tmp_path / "world", seed=0, sizes=sizes)
     here, there = hashes(tmp_path / "world"), hashes(world)
@@ -382,7 +389,7 @@ def test_the_stamp_holds_the_hashes(world: Path) -> None:
         if name.endswith((".json", ".jsonl")) and not name.endswith(("data.json", "world.json"))
     }
     assert stamp["sha256"] == on_disk
-    assert stamp["pictures"] == 120 + 4 * (12 + 24) + 80 + 10 + 30
+    assert stamp["pictures"] == 20 + 120 + 4 * (12 + 24) + 80 + 10 + 30
     assert not world.with_name("world.partial").exists()
 
 
@@ -402,7 +409,7 @@ def test_something_else_is_never_overwritten(world: Path, tmp_path: Path) -> Non
 
 
 def test_an_interrupted_run_is_started_afresh(tmp_path: Path) -> None:
-    sizes = tiny.Sizes(*[2] * 7)
+    sizes = tiny.Sizes(*[2] * 8)
     (tmp_path / "world.partial" / "images").mkdir(parents=True)
     (tmp_path / "world.partial" / "left_over.json").write_text("{}")
     (tmp_path / "world").mkdir()

@@ -220,7 +220,7 @@ def test_scoring_imports_no_torch() -> None:
 
 def test_true_answers_of_the_tiny_world_score_100(tmp_path: Path) -> None:
     world = tmp_path / "world"
-    tiny.generate(world, seed=0, sizes=tiny.Sizes(6, 4, 4, 20, 4, 4, 20))
+    tiny.generate(world, seed=0, sizes=tiny.Sizes(6, 4, 4, 20, 4, 4, 20, 2))
     png = "images/test/{image_id}.png"
     tasks = [
         (Task("tiny_reading", "textvqa", "m4c", {"image": png}), "textvqa/TextVQA_0.5.1_test.json", world),

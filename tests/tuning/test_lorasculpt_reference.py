@@ -147,7 +147,7 @@ def test_gradients_are_the_closed_form() -> None:
     lora_a.requires_grad_()
     lora_b.requires_grad_()
     value = conflict_penalty(weight, lora_a, lora_b)
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()
     with torch.no_grad():
         g = retention_mask(weight).square() * (lora_b @ lora_a)
         torch.testing.assert_close(lora_b.grad, g @ lora_a.T / value, rtol=1e-12, atol=0)
@@ -158,7 +158,7 @@ def test_gradients_are_the_closed_form() -> None:
 def test_the_gradient_of_a_full_matrix_is_the_closed_form() -> None:
     weight0, weight = factors()[0], factors(seed=3)[0].requires_grad_()
     value = full_penalty(weight, weight0)
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()
     expected = retention_mask(weight0).square() * (weight.detach() - weight0) / value.detach()
     torch.testing.assert_close(weight.grad, expected, rtol=1e-12, atol=0)
 
@@ -170,7 +170,7 @@ def test_value_and_gradient_are_zero_at_zero() -> None:
     trained = weight.clone().requires_grad_()
     for value in (conflict_penalty(weight, lora_a, lora_b), full_penalty(trained, weight)):
         assert value.item() == 0
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
     for tensor in (lora_a, lora_b, trained):
         assert tensor.grad is not None
         assert not tensor.grad.any()
@@ -309,7 +309,7 @@ def test_the_run_agrees_with_torch_modules_and_torch_adamw(connector: str, weigh
                     else:
                         continue
                     part = part + share * torch.linalg.matrix_norm(retention_mask(layer.weight) * update)
-            part.backward()  # type: ignore[no-untyped-call]
+            part.backward()
             loss += part.item()
         for key, mask in masks.items():
             grad = state[key].grad

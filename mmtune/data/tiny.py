@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, read_jsonl
 
-VERSION = 4  # part of the stamp: raise it whenever the same seed would give other files
+VERSION = 5  # part of the stamp: raise it whenever the same seed would give other files
 
 GRID = 4  # cells along each side
 CELL = 16  # pixels along each side of a cell
@@ -79,7 +79,7 @@ class Sizes:
     """How many of everything: pictures for train, questions per task for val and test."""
 
     train: int = 24_000
-    text: int = 5_000
+    text: int = 10_000
     val: int = 150
     test: int = 300
     downstream_train: int = 6_000
@@ -254,11 +254,12 @@ def questions_about(scene: Scene, cell: Cell) -> list[Question]:
 
 
 def conversation(scene: Scene, rng: random.Random) -> list[Question]:
-    """One to three questions about different things in the scene, the sign among them, in random order."""
-    cells = rng.sample(sorted(scene.objects), len(scene.objects))
+    """A question about each thing in the scene, the sign among them, in random order.
+
+    One question only about each: the answer to a second one would stand in the first.
+    """
     asked = [Question("reading", rng.choice(READING_QUESTIONS), scene.word)] if scene.word else []
-    room = rng.randint(0, 1) if scene.word else rng.randint(1, 3)
-    asked += [rng.choice(questions_about(scene, cell)) for cell in cells[:room]]
+    asked += [rng.choice(questions_about(scene, cell)) for cell in sorted(scene.objects)]
     rng.shuffle(asked)
     return asked
 
@@ -430,22 +431,30 @@ def llava_row(name: str, image: str | None, turns: Iterable[tuple[str, str]]) ->
     return row
 
 
+def instruction_row(name: str, image: str | None, turns: list[Question]) -> dict[str, Any]:
+    row = llava_row(name, image, [(turn.text + BRIEFLY, turn.answer) for turn in turns])
+    return row | {"skills": [turn.skill for turn in turns]}
+
+
 def write_simple(world: World) -> None:
-    """Pictures of a single thing and their captions: what a model from nothing sees first."""
-    scenes, drawing = (world.stream("simple", purpose) for purpose in ("scenes", "drawing"))
+    """Pictures of a single thing, each with its caption and, in another file, with a question."""
+    scenes, drawing, asking = (world.stream("simple", purpose) for purpose in ("scenes", "drawing", "asking"))
     pictures = world.folder / "images" / "simple"
     pictures.mkdir(parents=True)
-    captions = []
+    captions, questions = [], []
     for number in range(world.sizes.simple):
         scene = simple_scene(scenes)
         name = f"simple_{number:06d}"
         save_picture(draw_scene(scene, drawing), pictures / f"{name}.png")
-        captions.append(llava_row(name, f"images/simple/{name}.png", [(DESCRIBE, caption(scene))]))
+        image = f"images/simple/{name}.png"
+        captions.append(llava_row(name, image, [(DESCRIBE, caption(scene))]))
+        questions.append(instruction_row(name, image, conversation(scene, asking)))
     save_list(captions, world.folder / "train_simple.json")
+    save_list(questions, world.folder / "train_simple_questions.json")
 
 
 def write_train(world: World) -> None:
-    """The train pictures with a caption and a conversation each, and the rows without a picture."""
+    """The train pictures with a caption and two conversations each, and the rows without a picture."""
     scenes, drawing, asking = (world.stream("train", purpose) for purpose in ("scenes", "drawing", "asking"))
     pictures = world.folder / "images" / "train"
     pictures.mkdir(parents=True)
@@ -457,15 +466,13 @@ def write_train(world: World) -> None:
         image = f"images/train/{name}.png"
         transcripts.append(llava_row(name, image, [(TRANSCRIBE, cells(scene))]))
         captions.append(llava_row(name, image, [(DESCRIBE, caption(scene))]))
-        turns = conversation(scene, asking)
-        row = llava_row(name, image, [(turn.text + BRIEFLY, turn.answer) for turn in turns])
-        instructions.append(row | {"skills": [turn.skill for turn in turns]})
+        for which in ("a", "b"):
+            instructions.append(instruction_row(f"{name}_{which}", image, conversation(scene, asking)))
 
     chatting = world.stream("train", "text")
     for number in range(world.sizes.text):
         turns = [text_question(chatting) for _ in range(chatting.randint(1, 3))]
-        row = llava_row(f"text_{number:06d}", None, [(turn.text + BRIEFLY, turn.answer) for turn in turns])
-        instructions.append(row | {"skills": [turn.skill for turn in turns]})
+        instructions.append(instruction_row(f"text_{number:06d}", None, turns))
     world.stream("train", "order").shuffle(instructions)
 
     save_list(transcripts, world.folder / "train_cells.json")

@@ -70,9 +70,16 @@ def _train_stage(
         # Said here, or an environment variable would have the last word and scale the loss.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
-    # Before anything is attached: what a tuner keeps beside the weights lies where they lie.
-    model = assemble(base).to(accelerator.device)
-    tuners, rates = _attach(model, stage, folder, number)
+    tuners = {part: getattr(stage.tune, part).make() for part in PARTS}
+    exact = [part for part, tuner in tuners.items() if tuner.exact]
+    if accelerator.num_processes > 1:
+        raise UserError(
+            f"{accelerator.num_processes} processes were started, but engine 'single' is one process",
+            mend="Start mmtune without torchrun or accelerate launch.",
+        )
+    # Moved before anything is attached: what a tuner keeps beside the weights lies where they lie.
+    model = assemble(base, exact).to(accelerator.device)
+    rates = _attach(model, tuners, folder, number)
     if settings.activation_checkpointing:
         for part in (model.vision, model.language):
             part.hf.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[union-attr,operator]
@@ -200,16 +207,16 @@ def _open_folder(options: RunOptions, resume: bool) -> None:
 
 
 def _attach(
-    model: VisionLanguageModel, stage: Stage, folder: Path, number: int
-) -> tuple[dict[str, Tuner], dict[str, float]]:
-    tuners = {part: getattr(stage.tune, part).make() for part in PARTS}
+    model: VisionLanguageModel, tuners: dict[str, Tuner], folder: Path, number: int
+) -> dict[str, float]:
+    """Attaches the tuners, saves and prints the tuning table, and returns each trained part's rate."""
     rows = [row for part, tuner in tuners.items() for row in tuner.attach(model, part)]
     rates = {row.part: row.lr for row in rows if row.lr is not None}
     table = folder / "tuning_table.json"
     before = [row for row in read_json(table) if row["stage"] < number] if table.is_file() else []
     write_json(table, before + [{"stage": number, **row.to_dict()} for row in rows])
     print_tuning_table(rows)
-    return tuners, rates
+    return rates
 
 
 def print_tuning_table(rows: list[Row]) -> None:

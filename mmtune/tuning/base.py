@@ -72,7 +72,11 @@ class Row:
 class Tuner:
     """Trains one part. The loop calls `attach` once, `penalty` before the last backward pass of each
     optimiser step, `after_step` after it; nothing happens between backward and step.
+
+    exact: the part's own weights train, so they are loaded in fp32 whatever the model's dtype.
     """
+
+    exact = False
 
     def attach(self, model: VisionLanguageModel, part: str) -> list[Row]:
         """Chooses what trains, in place. Returns the part's rows of the tuning table."""

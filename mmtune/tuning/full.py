@@ -34,6 +34,8 @@ class FullOptions:
 class FullTuner(Tuner):
     """Trains every weight that has an effect on the output."""
 
+    exact = True
+
     def __init__(self, options: FullOptions) -> None:
         self.options = options
         self.matrices: dict[str, tuple[torch.nn.Parameter, torch.Tensor]] = {}

@@ -81,7 +81,7 @@ class SculptTuner(LoraTuner):
 
     def start(self, steps: int) -> None:
         at = self.options.prune_at
-        self.prune_step = int(at) if at >= 1 else math.ceil(at * steps)
+        self.prune_step = int(at) if at >= 1 else math.ceil(round(at * steps, 6))
         if self.prune_step >= steps:
             raise UserError(
                 f"prune_at is step {self.prune_step}, but the run ends after {steps}: no step would follow",

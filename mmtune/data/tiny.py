@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, read_jsonl
 
-VERSION = 5  # part of the stamp: raise it whenever the same seed would give other files
+VERSION = 6  # part of the stamp: raise it whenever the same seed would give other files
 
 GRID = 4  # cells along each side
 CELL = 16  # pixels along each side of a cell
@@ -51,6 +51,7 @@ BRIEFLY = "\nAnswer briefly."
 ONE_CHOICE = "\nAnswer with one choice."
 DESCRIBE = "Describe the picture."
 TRANSCRIBE = "Describe each cell."
+NAME = "Name each thing."
 READING_QUESTIONS = ("What does the sign say?", "What is written on the sign?")
 COUNTS = (1, 2, 3, 4, 5)
 
@@ -163,6 +164,19 @@ def caption(scene: Scene) -> str:
     if scene.sign_at:
         parts[scene.sign_at] = f"{scene.sign_at} sign {scene.word}"
     return ", ".join(parts[cell] for cell in sorted(parts))
+
+
+def names(scene: Scene, rng: random.Random) -> str:
+    """Each thing in random order: its shape, then its colour, then its place.
+
+    Said in this order, each word but the first is what a question asks for: the colour of a shape, the
+    place of an object.
+    """
+    things = [f"{kind.shape} {kind.colour} {cell}" for cell, kind in sorted(scene.objects.items())]
+    if scene.sign_at:
+        things.append(f"sign {scene.word} {scene.sign_at}")
+    rng.shuffle(things)
+    return ", ".join(things)
 
 
 def cells(scene: Scene) -> str:
@@ -458,7 +472,8 @@ def write_train(world: World) -> None:
     scenes, drawing, asking = (world.stream("train", purpose) for purpose in ("scenes", "drawing", "asking"))
     pictures = world.folder / "images" / "train"
     pictures.mkdir(parents=True)
-    transcripts, captions, instructions = [], [], []
+    naming = world.stream("train", "naming")
+    transcripts, captions, named, instructions = [], [], [], []
     for number in range(world.sizes.train):
         scene = sign_scene(scenes) if scenes.random() < 1 / 3 else object_scene(scenes)
         name = f"train_{number:06d}"
@@ -466,6 +481,7 @@ def write_train(world: World) -> None:
         image = f"images/train/{name}.png"
         transcripts.append(llava_row(name, image, [(TRANSCRIBE, cells(scene))]))
         captions.append(llava_row(name, image, [(DESCRIBE, caption(scene))]))
+        named.append(llava_row(name, image, [(NAME, names(scene, naming))]))
         for which in ("a", "b"):
             instructions.append(instruction_row(f"{name}_{which}", image, conversation(scene, asking)))
 
@@ -477,6 +493,7 @@ def write_train(world: World) -> None:
 
     save_list(transcripts, world.folder / "train_cells.json")
     save_list(captions, world.folder / "train_captions.json")
+    save_list(named, world.folder / "train_names.json")
     save_list(instructions, world.folder / "train_instructions.json")
 
 

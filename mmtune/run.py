@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mmtune.core.config import Source, chosen_by, parse, to_dict
+from mmtune.core.config import Report, Source, chosen_by, parse, to_dict
 from mmtune.core.errors import UserError
 from mmtune.core.table import nearest
 from mmtune.data.cards import load_card
 from mmtune.parts.spec import ModelOptions
 from mmtune.tuning.base import TUNERS
 from mmtune.tuning.frozen import FrozenOptions
-
-Fault = Callable[..., None]
 
 
 @dataclass
@@ -36,7 +33,7 @@ class DataOptions:
     limit: int | None = None
     image_first: bool = False
 
-    def check(self, fault: Fault) -> None:
+    def check(self, fault: Report) -> None:
         if (self.card is None) == (self.path is None):
             fault("", "give either 'card' or 'path'")
             return
@@ -90,7 +87,7 @@ class CheckpointOptions:
     every: int = 200
     keep: int = 2
 
-    def check(self, fault: Fault) -> None:
+    def check(self, fault: Report) -> None:
         for name in ("every", "keep"):
             if getattr(self, name) < 1:
                 fault(name, f"expected 1 or more, found {getattr(self, name)}")
@@ -121,7 +118,7 @@ class TrainOptions:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     engine: Literal["single"] = "single"
 
-    def check(self, fault: Fault) -> None:
+    def check(self, fault: Report) -> None:
         if (self.epochs is None) == (self.steps is None):
             fault("", "give either 'epochs' or 'steps'")
         for name in ("batch_size", "micro_batch_size", "steps", "max_length", "log_every"):
@@ -183,7 +180,7 @@ class RunOptions:
     evaluate: EvaluateOptions | None = None
     output: Path = Path("runs")
 
-    def check(self, fault: Fault) -> None:
+    def check(self, fault: Report) -> None:
         single = {"data": self.data, "tune": self.tune, "train": self.train}
         if self.stages is None:
             for name, value in single.items():

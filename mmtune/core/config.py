@@ -21,6 +21,10 @@ from mmtune.core.files import read_text
 from mmtune.core.table import Table, nearest
 
 Path_ = tuple[str, ...]
+Report = Callable[..., None]
+"""What an options class's `check` is given to tell of a fault: fault(field, what, mend)."""
+
+COMMAND_LINE = 0  # stands for the line of what an override gave
 
 
 class Source:
@@ -39,10 +43,13 @@ class Source:
         known = key
         while known and known not in self.lines:
             known = known[:-1]
-        line = self.lines.get(known)
-        if line == 0:
-            return f"command line, {'.'.join(key)}"
-        place = f"{self.path}, line {line}" if line else str(self.path)
+        return self._place(self.lines.get(known), key)
+
+    def _place(self, line: int | None, key: Path_) -> str:
+        if line == COMMAND_LINE:
+            place = "command line"
+        else:
+            place = f"{self.path}, line {line}" if line else str(self.path)
         return f"{place}, {'.'.join(key)}" if key else place
 
     def fault(self, key: Path_, what: str, mend: str = "") -> None:
@@ -58,10 +65,12 @@ class Source:
             raise UserError(f"not valid YAML: {error}", where=self.path) from None
         if node is None:
             raise UserError("the file is empty", where=self.path)
-        return self._build(node, ())
+        return self._build(node, (), lambda mark: mark.line + 1)
 
-    def _build(self, node: yaml.Node, key: Path_, within: tuple[yaml.Node, ...] = ()) -> Any:
-        self.lines.setdefault(key, node.start_mark.line + 1)
+    def _build(
+        self, node: yaml.Node, key: Path_, line_of: Callable[[Any], int], within: tuple[yaml.Node, ...] = ()
+    ) -> Any:
+        self.lines.setdefault(key, line_of(node.start_mark))
         if any(node is outer for outer in within):
             self.fault(key, "an alias stands inside itself")
             return None
@@ -71,20 +80,19 @@ class Source:
             for name_node, value_node in node.value:
                 name = str(name_node.value)
                 inner = (*key, name)
+                line = line_of(name_node.start_mark)
                 if name in mapping:
-                    first = self.lines[inner]
+                    first = f", first in line {self.lines[inner]}" if self.lines[inner] else ""
                     self.faults.append(
                         Fault(
-                            f"the key is given twice, first in line {first}",
-                            f"{self.path}, line {name_node.start_mark.line + 1}, {'.'.join(inner)}",
-                            "Keep one of the two.",
+                            f"the key is given twice{first}", self._place(line, inner), "Keep one of the two."
                         )
                     )
-                self.lines[inner] = name_node.start_mark.line + 1
-                mapping[name] = self._build(value_node, inner, within)
+                self.lines[inner] = line
+                mapping[name] = self._build(value_node, inner, line_of, within)
             return mapping
         if isinstance(node, yaml.SequenceNode):
-            return [self._build(item, (*key, str(i)), within) for i, item in enumerate(node.value)]
+            return [self._build(item, (*key, str(i)), line_of, within) for i, item in enumerate(node.value)]
         try:
             value = yaml.SafeLoader("").construct_object(node)
         except (yaml.YAMLError, ValueError):  # an unknown !tag, a date such as 2026-13-01
@@ -107,12 +115,14 @@ class Source:
             )
             return
         key = tuple(dotted.split("."))
+        self.lines = {known: line for known, line in self.lines.items() if known[: len(key)] != key}
+        self.lines[key] = COMMAND_LINE
         try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):
-            value = text
-        if isinstance(value, str):
-            value = _number_or_text(value)
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.YAMLError:
+            value: Any = text
+        else:
+            value = None if node is None else self._build(node, key, lambda mark: COMMAND_LINE)
         holder = self.tree
         for i, name in enumerate(key):
             last = i == len(key) - 1
@@ -135,7 +145,7 @@ class Source:
                 else:
                     if name not in holder:
                         holder[name] = {}
-                        self.lines[key[: i + 1]] = 0
+                        self.lines[key[: i + 1]] = COMMAND_LINE
                     holder = holder[name]
             else:
                 self.faults.append(
@@ -145,8 +155,6 @@ class Source:
                     )
                 )
                 return
-        self.lines = {known: line for known, line in self.lines.items() if known[: len(key)] != key}
-        self.lines[key] = 0
 
     def finish(self) -> None:
         """Raises one UserError with every fault found so far, if there is any."""
@@ -166,11 +174,29 @@ def parse(cls: type, source: Source) -> Any:
     return value
 
 
+def parse_named(cls: type, kind: str, folder: Path, name: str, field: str = "name") -> Any:
+    """The `kind` that `folder`/`name`.yaml describes, a dataclass `cls` whose own `field` says the same name.
+
+    Raises UserError that lists the known ones.
+    """
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in known:
+        raise UserError(f"unknown {kind} '{name}'", mend=nearest(name, known))
+    source = Source(folder / f"{name}.yaml")
+    made = parse(cls, source)
+    if getattr(made, field) != name:
+        raise UserError(
+            f"it calls itself '{getattr(made, field)}', but its file is named {name}.yaml",
+            where=source.where((field,)),
+            mend="Give both the same name.",
+        )
+    return made
+
+
 def build(cls: type, tree: Any, key: Path_, source: Source) -> Any:
     """An instance of the dataclass `cls`, or None where `source` gathered a fault.
 
-    A class may define `check(fault)`, called with a function `fault(field, what, mend)` once all its
-    fields have the right types.
+    A class may define `check(fault)`, called with a `Report` once all its fields have the right types.
     """
     if not isinstance(tree, dict):
         source.fault(key, f"expected a mapping, found {_describe(tree)}")
@@ -195,7 +221,7 @@ def build(cls: type, tree: Any, key: Path_, source: Source) -> Any:
     if len(source.faults) > before:
         return None
     made = cls(**values)
-    check: Callable[[Callable[..., None]], None] | None = getattr(made, "check", None)
+    check: Callable[[Report], None] | None = getattr(made, "check", None)
     if check is not None:
         check(
             lambda field, what, mend="": source.fault((*key, *field.split(".")) if field else key, what, mend)
@@ -326,3 +352,26 @@ def to_dict(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [to_dict(entry) for entry in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def differences(before: Any, now: Any) -> list[str]:
+    """Each dotted key under which two trees of plain dicts and lists differ, with both its values."""
+    old, new = _leaves(before), _leaves(now)
+
+    def said(leaves: dict[str, Any], key: str) -> str:
+        return str(leaves[key]) if key in leaves else "not given"
+
+    same = {key for key in old.keys() & new.keys() if old[key] == new[key]}
+    changed = sorted((old.keys() | new.keys()) - same)
+    return [f"{key} ({said(old, key)} before, {said(new, key)} now)" for key in changed]
+
+
+def _leaves(tree: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(tree, (dict, list)) or not tree:
+        return {key: tree}
+    entries = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return {
+        name: leaf
+        for inner, value in entries
+        for name, leaf in _leaves(value, f"{key}.{inner}" if key else str(inner)).items()
+    }

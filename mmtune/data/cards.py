@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mmtune.core.config import Source, parse
-from mmtune.core.errors import UserError
+from mmtune.core.config import parse_named
 from mmtune.core.files import share
-from mmtune.core.table import nearest
 
 
 @dataclass
@@ -26,8 +24,5 @@ class Card:
 
 def load_card(name: str) -> Card:
     """A card by name. Raises UserError that lists the known ones."""
-    folder = share("data")
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    if name not in known:
-        raise UserError(f"unknown dataset card '{name}'", mend=nearest(name, known))
-    return parse(Card, Source(folder / f"{name}.yaml"))
+    card: Card = parse_named(Card, "dataset card", share("data"), name)
+    return card

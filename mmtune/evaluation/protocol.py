@@ -9,10 +9,10 @@ import hashlib
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from string import ascii_uppercase
+from string import Formatter, ascii_uppercase
 from typing import Any
 
-from mmtune.core.config import Source, parse, to_dict
+from mmtune.core.config import Report, Source, parse, parse_named, to_dict
 from mmtune.core.errors import UserError
 from mmtune.core.files import share
 from mmtune.core.table import nearest
@@ -21,6 +21,8 @@ from mmtune.evaluation.metrics import FORMATS
 from mmtune.evaluation.metrics.base import Question
 from mmtune.evaluation.score import find_rule, read_questions
 
+PLACEHOLDERS = ("question", "choices", "options")
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -28,7 +30,9 @@ class Protocol:
 
     prompt: {question}, {choices} (texts with commas between) and {options} (lines `A. text`) are filled in.
     annotations: the annotation file of each split; images: the pictures' folder; both relative to the
-    data's root. options: further arguments of the format's reader, in which {split} is filled in.
+    data's root. report_split: the split whose score is reported: the test split, or the validation split
+    where the test answers are not public. options: further arguments of the format's reader, in which
+    {split} is filled in.
     """
 
     task: str
@@ -39,10 +43,11 @@ class Protocol:
     max_new_tokens: int
     root: Path
     annotations: dict[str, str]
+    report_split: str = "test"
     images: str = "."
     options: dict[str, Any] = field(default_factory=dict)
 
-    def check(self, fault: Any) -> None:
+    def check(self, fault: Report) -> None:
         if self.format not in FORMATS.names():
             fault(
                 "format", f"unknown annotation format '{self.format}'", nearest(self.format, FORMATS.names())
@@ -52,6 +57,19 @@ class Protocol:
             find_rule(self)
         except UserError as error:
             fault("rule", error.faults[0].what, error.faults[0].mend)
+        if self.report_split not in self.annotations:
+            known = ", ".join(sorted(self.annotations))
+            fault(
+                "report_split", f"there are no annotations of split '{self.report_split}'", f"Known: {known}."
+            )
+        try:
+            names = [name for _, name, _, _ in Formatter().parse(self.prompt) if name is not None]
+        except ValueError as error:
+            fault("prompt", f"its braces don't match: {error}", "Write a brace that is meant as {{ or }}.")
+            return
+        for name in names:
+            if name not in PLACEHOLDERS:
+                fault("prompt", f"unknown placeholder {{{name}}}", nearest(name, list(PLACEHOLDERS)))
 
     def for_split(self, split: str) -> Protocol:
         """The same protocol with {split} filled in. Raises UserError for a split it does not have."""
@@ -87,7 +105,8 @@ class Protocol:
     @property
     def hash(self) -> str:
         """The first 16 hex digits of the SHA-256 of all that decides the score; where files lie does not."""
-        described = {name: value for name, value in to_dict(self).items() if name not in ("root", "about")}
+        indifferent = ("root", "about", "report_split")
+        described = {name: value for name, value in to_dict(self).items() if name not in indifferent}
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -99,11 +118,29 @@ class Suite:
     source: list[str]
     target: list[str]
 
-    def check(self, fault: Any) -> None:
+    def check(self, fault: Report) -> None:
+        seen: set[str] = set()
         for key in ("source", "target"):
+            if not getattr(self, key):
+                fault(key, "an empty list", "A suite needs at least one source and one target task.")
             for i, task in enumerate(getattr(self, key)):
                 if task not in task_names():
                     fault(f"{key}.{i}", f"unknown task '{task}'", nearest(task, task_names()))
+                if task in seen:
+                    fault(f"{key}.{i}", f"task '{task}' is given twice")
+                seen.add(task)
+
+    @property
+    def tasks(self) -> list[str]:
+        """All of them, source first."""
+        return [*self.source, *self.target]
+
+    def folder(self, split: str | None = None) -> Path:
+        """Where the suite's evaluation lies under a run: eval/SUITE-SPLIT.
+
+        Where each task is asked on its own reporting split (`split` is None) it is eval/SUITE-test.
+        """
+        return Path("eval") / f"{self.name}-{split or 'test'}"
 
 
 def task_names() -> list[str]:
@@ -112,17 +149,15 @@ def task_names() -> list[str]:
 
 def load_protocol(task: str) -> Protocol:
     """A task's protocol by name. Raises UserError that lists the known ones."""
-    if task not in task_names():
-        raise UserError(f"unknown task '{task}'", mend=nearest(task, task_names()))
-    return parse(Protocol, Source(share("eval") / f"{task}.yaml"))
+    protocol: Protocol = parse_named(Protocol, "task", share("eval"), task, "task")
+    return protocol
 
 
 def load_suite(name: str) -> Suite:
     """A suite by name, or from a YAML file of the user's own. Raises UserError."""
+    suite: Suite
     if name.endswith((".yaml", ".yml")):
-        return parse(Suite, Source(Path(name)))
-    folder = share("eval") / "suites"
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    if name not in known:
-        raise UserError(f"unknown suite '{name}'", mend=nearest(name, known))
-    return parse(Suite, Source(folder / f"{name}.yaml"))
+        suite = parse(Suite, Source(Path(name)))
+    else:
+        suite = parse_named(Suite, "suite", share("eval") / "suites", name)
+    return suite

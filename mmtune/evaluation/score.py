@@ -42,35 +42,30 @@ class Protocol(Structure):
 
 
 def score_file(
-    protocol: Protocol,
-    predictions: Path,
-    annotations: Path,
-    rule: str | None = None,
-    split: str | None = None,
+    protocol: Protocol, predictions: Path, annotations: Path, rule: str | None = None
 ) -> TaskScore:
     """The score of a file of predictions against an official annotation file.
 
-    `rule` and `split` replace the protocol's own. Raises UserError, naming file, line and id, for files
-    that are broken or do not belong together.
+    `rule` replaces the protocol's own. Raises UserError, naming file, line and id, for files that are
+    broken or do not belong together.
     """
     find_rule(protocol, rule)
-    questions = read_questions(protocol, annotations, split)
+    questions = read_questions(protocol, annotations)
     return score_predictions(questions, read_predictions(predictions, questions), protocol, rule)
 
 
-def read_questions(protocol: Protocol, annotations: Path, split: str | None = None) -> list[Question]:
+def read_questions(protocol: Protocol, annotations: Path) -> list[Question]:
     """The questions of an annotation file in the protocol's format. Raises UserError."""
     read = FORMATS.load(protocol.format).read
-    options = dict(protocol.options) | ({} if split is None else {"split": split})
     known = [name for name in inspect.signature(read).parameters if name != "path"]
-    for name in options:
+    for name in protocol.options:
         if name not in known:
             raise UserError(
                 f"annotation format '{protocol.format}' has no option '{name}'",
                 where=f"task {protocol.task}",
                 mend=nearest(name, known) if known else "It has no options.",
             )
-    questions: list[Question] = read(Path(annotations), **options)
+    questions: list[Question] = read(Path(annotations), **protocol.options)
     return questions
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mmtune.core.config import Source, parse
+from mmtune.core.config import Report, Source, parse
 from mmtune.core.errors import UserError
 from mmtune.run import RunOptions, read_run
 
@@ -30,7 +30,7 @@ class SweepOptions:
     choose: Literal["source", "target", "mean", "harmonic_mean"] = "mean"
     output: Path = Path("runs")
 
-    def check(self, fault: Any) -> None:
+    def check(self, fault: Report) -> None:
         if not self.grid:
             fault("grid", "an empty grid")
         for key, values in self.grid.items():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mmtune.core.config import Report
 from mmtune.core.table import Table, nearest
 from mmtune.data.chat import FORMATS
 
@@ -20,8 +20,6 @@ CONNECTORS = Table(
         "mlp2x_gelu": "mmtune.parts.connector.mlp:MlpConnector",
     },
 )
-
-Fault = Callable[..., None]
 
 
 @dataclass
@@ -37,7 +35,7 @@ class VisionOptions:
     layer: int = -2
     fit: Literal["pad", "crop"] = "pad"
 
-    def check(self, fault: Fault) -> None:
+    def check(self, fault: Report) -> None:
         if self.tower not in TOWERS.names():
             fault("tower", f"unknown vision tower '{self.tower}'", nearest(self.tower, TOWERS.names()))
         if self.layer >= 0:
@@ -52,7 +50,7 @@ class ConnectorOptions:
     kind: str
     weights: str | None = None
 
-    def check(self, fault: Fault) -> None:
+    def check(self, fault: Report) -> None:
         if self.kind not in CONNECTORS.names():
             fault("kind", f"unknown connector '{self.kind}'", nearest(self.kind, CONNECTORS.names()))
 
@@ -66,7 +64,7 @@ class LanguageOptions:
     tokenizer: str | None = None
     chat: str = "template"
 
-    def check(self, fault: Fault) -> None:
+    def check(self, fault: Report) -> None:
         if self.chat not in FORMATS:
             fault("chat", f"unknown chat format '{self.chat}'", nearest(self.chat, list(FORMATS)))
         _weights_or_config(self.weights, self.config, fault)
@@ -89,7 +87,7 @@ class ModelOptions:
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["sdpa", "eager"] = "sdpa"
 
-    def check(self, fault: Fault) -> None:
+    def check(self, fault: Report) -> None:
         if self.base is None:
             for part in PARTS:
                 if getattr(self, part) is None:
@@ -102,6 +100,6 @@ class ModelOptions:
             fault("base", f"there is no folder {self.base}")
 
 
-def _weights_or_config(weights: str | None, config: dict[str, Any] | None, fault: Fault) -> None:
+def _weights_or_config(weights: str | None, config: dict[str, Any] | None, fault: Report) -> None:
     if (weights is None) == (config is None):
         fault("", "give either 'weights' or, to start from scratch, 'config'")

@@ -6,10 +6,11 @@ torch and peft only inside functions, so that the faults of a config are found w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
+from mmtune.core.config import Report
 from mmtune.core.table import Table
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mmtune.parts.model import VisionLanguageModel
-
-Fault = Callable[..., None]
 
 # The options class of each tuner; its `make()` gives the tuner itself.
 TUNERS = Table(
@@ -45,7 +44,7 @@ class PenaltyOptions:
     omega: float = 1.0
     modules: Literal["all", "pruned"] = "all"
 
-    def check(self, fault: Fault) -> None:
+    def check(self, fault: Report) -> None:
         if self.weight < 0:
             fault("weight", f"expected 0 or more, found {self.weight}")
         if self.omega <= 0:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from mmtune.tuning.base import Fault, PenaltyOptions, Row, Tuner, rows_of
+from mmtune.core.config import Report
+from mmtune.tuning.base import PenaltyOptions, Row, Tuner, rows_of
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,7 @@ class FullOptions:
     tuner: Literal["full"] = "full"
     penalty: PenaltyOptions | None = None
 
-    def check(self, fault: Fault) -> None:
+    def check(self, fault: Report) -> None:
         if self.lr < 0:
             fault("lr", f"expected 0 or more, found {self.lr}")
         if self.penalty and self.penalty.modules == "pruned":

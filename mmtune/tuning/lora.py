@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
-from mmtune.core.errors import Fault as FaultLine
-from mmtune.core.errors import UserError
-from mmtune.tuning.base import Fault, PenaltyOptions, Row, Tuner, own_parameters
+from mmtune.core.config import Report
+from mmtune.core.errors import Fault, UserError
+from mmtune.tuning.base import PenaltyOptions, Row, Tuner, own_parameters
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ class LoraOptions:
     targets: str | list[str] = "all-linear"
     penalty: PenaltyOptions | None = None
 
-    def check(self, fault: Fault) -> None:
+    def check(self, fault: Report) -> None:
         check_lora(self, fault)
         if self.penalty and self.penalty.modules == "pruned":
             fault("penalty.modules", "nothing is pruned by this tuner", "Use modules: all.")
@@ -42,7 +42,7 @@ class LoraOptions:
         return LoraTuner(self)
 
 
-def check_lora(options: Any, fault: Fault) -> None:
+def check_lora(options: Any, fault: Report) -> None:
     """The faults of the fields that all LoRA tuners share."""
     if options.lr < 0:
         fault("lr", f"expected 0 or more, found {options.lr}")
@@ -153,9 +153,7 @@ def find_targets(core: nn.Module, wanted: str | list[str], where: str) -> list[s
         head = getattr(core, "get_output_embeddings", lambda: None)()
         return [name for name in linear if core.get_submodule(name) is not head]
     faults = [
-        FaultLine(
-            f"'{pattern}' is no linear layer of this part", where, f"It has {', '.join(linear[:8])} ..."
-        )
+        Fault(f"'{pattern}' is no linear layer of this part", where, f"It has {', '.join(linear[:8])} ...")
         for pattern in wanted
         if not any(fnmatchcase(name, pattern) for name in linear)
     ]

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from mmtune.core.config import Report
 from mmtune.core.errors import UserError
-from mmtune.tuning.base import Fault, PenaltyOptions, Row
+from mmtune.tuning.base import PenaltyOptions, Row
 from mmtune.tuning.lora import LoraTuner, check_lora
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class SculptOptions:
     prune_at: float = 100
     penalty: PenaltyOptions | None = None
 
-    def check(self, fault: Fault) -> None:
+    def check(self, fault: Report) -> None:
         check_lora(self, fault)
         if not 0 < self.density < 1:
             fault("density", f"expected more than 0 and less than 1, found {self.density}")

@@ -14,7 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtune.core.config import Source, chosen_by, parse, to_dict
+from mmtune.core.config import Source, chosen_by, differences, parse, parse_named, to_dict
 from mmtune.core.errors import UserError
 from mmtune.core.table import Table
 
@@ -301,6 +301,14 @@ def test_a_list_is_replaced_as_a_whole_or_by_position(tmp_path: Path) -> None:
     assert _parse(tmp_path, BASE, "data=[]").data == []
 
 
+def test_a_mapping_is_read_as_in_a_file(tmp_path: Path) -> None:
+    made = _parse(
+        tmp_path, BASE, "tool={tool: fancy, rate: 1e-3, targets: [1e5x, '2e-4']}", "free={a: [1e-3]}"
+    )
+    assert made.tool == Fancy(1e-3, targets=["1e5x", "2e-4"])
+    assert made.free == {"a": [1e-3]}
+
+
 def test_the_last_override_wins(tmp_path: Path) -> None:
     assert _parse(tmp_path, BASE, "seed=2", "seed=3").seed == 3
 
@@ -311,7 +319,8 @@ def test_the_last_override_wins(tmp_path: Path) -> None:
         ("seed", "command line", "'seed' is no override"),
         ("=3", "command line", "'=3' is no override"),
         ("seed=x", "command line, seed", "expected a whole number, found 'x'"),
-        ("seed=2026-13-45", "command line, seed", "expected a whole number, found '2026-13-45'"),
+        ("free.a=2026-13-45", "command line, free.a", "'2026-13-45' is no value of YAML"),
+        ("free={a: 1, a: 2}", "command line, free.a", "the key is given twice"),
         ("sede=1", "command line, sede", "unknown key 'sede'"),
         ("tol.size=1", "command line, tol", "unknown key 'tol'"),
         ("tool.sise=1", "command line, tool.sise", "unknown key 'sise'"),
@@ -366,3 +375,33 @@ def test_to_dict_is_plain() -> None:
     assert "free" not in made
     assert set(made) | {"free"} == {f.name for f in dataclasses.fields(Outer)}
     assert math.isclose(made["rate"], 0.1)
+
+
+# --- two of them ---------------------------------------------------------------------------------------
+
+
+def test_differences_are_named_with_both_values() -> None:
+    before = {
+        "seed": 0,
+        "data": [{"path": "a"}, {"path": "b"}],
+        "tune": {"lr": 1e-3, "penalty": {"omega": 1}},
+    }
+    now = {"seed": 0, "data": [{"path": "a"}, {"path": "c"}, {"path": "d"}], "tune": {"lr": 1e-4, "rank": 2}}
+    assert differences(before, before) == []
+    assert differences(before, now) == [
+        "data.1.path (b before, c now)",
+        "data.2.path (not given before, d now)",
+        "tune.lr (0.001 before, 0.0001 now)",
+        "tune.penalty.omega (1 before, not given now)",
+        "tune.rank (not given before, 2 now)",
+    ]
+
+
+def test_a_named_file_must_bear_its_name(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("seed: 1\nname: one\n")
+    (tmp_path / "two.yaml").write_text("seed: 1\nname: one\n")
+    assert parse_named(Outer, "tool", tmp_path, "one") == Outer("one", 1)
+    with pytest.raises(UserError, match=r"two\.yaml, line 2, name: it calls itself 'one'"):
+        parse_named(Outer, "tool", tmp_path, "two")
+    with pytest.raises(UserError, match="unknown tool 'three'"):
+        parse_named(Outer, "tool", tmp_path, "three")

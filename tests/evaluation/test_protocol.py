@@ -45,6 +45,7 @@ def test_the_hash_is_of_what_decides_the_score() -> None:
     assert len(protocol.hash) == 16
     assert replace(protocol, root=Path("/elsewhere")).hash == protocol.hash
     assert replace(protocol, about="Something else.").hash == protocol.hash
+    assert replace(protocol, report_split="val").hash == protocol.hash
     changes = (
         {"prompt": protocol.prompt + " "},
         {"rule": "letter"},
@@ -98,6 +99,75 @@ def test_a_suite_of_ones_own(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown task 'tiny_txt'") as caught:
         load_suite(str(file))
     assert "source.1" in str(caught.value)
+
+
+PROTOCOL = """
+task: mine
+about: Nothing.
+format: llava_jsonl
+rule: exact
+prompt: "{question}"
+max_new_tokens: 4
+root: .
+annotations: {test: questions.jsonl}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("{question}", "{qestion}", "prompt: unknown placeholder {qestion}\n    Did you mean 'question'?"),
+        ("{question}", "{question} {}", "prompt: unknown placeholder {}"),
+        ("{question}", "{question", "prompt: its braces don't match"),
+        (
+            "{test: questions.jsonl}",
+            "{val: questions.jsonl}",
+            "no annotations of split 'test'\n    Known: val.",
+        ),
+        ("task: mine", "task: other", "calls itself 'other', but its file is named mine.yaml"),
+    ],
+)
+def test_a_faulty_protocol(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, fault: str
+) -> None:
+    monkeypatch.setattr("mmtune.evaluation.protocol.share", lambda kind: tmp_path)
+    (tmp_path / "mine.yaml").write_text(PROTOCOL)
+    assert load_protocol("mine").prompt == "{question}"
+    (tmp_path / "mine.yaml").write_text(PROTOCOL.replace(old, new))
+    with pytest.raises(UserError) as caught:
+        load_protocol("mine")
+    assert fault in str(caught.value)
+
+
+def test_each_task_has_a_split_of_its_own_to_report() -> None:
+    splits = {task: load_protocol(task).report_split for task in task_names()}
+    assert splits.pop("textvqa") == "val"
+    assert set(splits.values()) == {"test"}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "fault"),
+    [
+        ("source: []\ntarget: [tiny_place]", "source: an empty list"),
+        ("source: [tiny_text]\ntarget: []", "target: an empty list"),
+        ("source: [tiny_text]\ntarget: [tiny_text]", "target.0: task 'tiny_text' is given twice"),
+    ],
+)
+def test_a_faulty_suite(tmp_path: Path, tasks: str, fault: str) -> None:
+    (tmp_path / "mine.yaml").write_text(f"name: mine\n{tasks}\n")
+    with pytest.raises(UserError) as caught:
+        load_suite(str(tmp_path / "mine.yaml"))
+    assert fault in str(caught.value)
+
+
+def test_a_suite_bears_the_name_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "suites").mkdir()
+    (tmp_path / "suites" / "one.yaml").write_text("name: two\nsource: [tiny_text]\ntarget: [tiny_place]\n")
+    for task in ("tiny_text", "tiny_place"):
+        (tmp_path / f"{task}.yaml").touch()
+    monkeypatch.setattr("mmtune.evaluation.protocol.share", lambda kind: tmp_path)
+    with pytest.raises(UserError, match=r"calls itself 'two', but its file is named one\.yaml"):
+        load_suite("one")
 
 
 def test_the_tiny_suite_is_five_and_one() -> None:

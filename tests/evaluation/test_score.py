@@ -190,7 +190,7 @@ def test_faults_of_the_request_are_named() -> None:
     with pytest.raises(UserError, match="unknown annotation format 'textvqua'"):
         score_file(Task("t", "textvqua", "m4c"), ANSWERS, ANNOTATIONS)
     with pytest.raises(UserError, match="task textvqa: annotation format 'textvqa' has no option 'split'"):
-        score_file(READING, ANSWERS, ANNOTATIONS, split="val")
+        score_file(Task("textvqa", "textvqa", "m4c", {"split": "val"}), ANSWERS, ANNOTATIONS)
     with pytest.raises(UserError, match=r"not in the annotation file: 9\n"):
         score_predictions(QUESTIONS, {"9": "9"}, SUMS)
     with pytest.raises(UserError, match="no questions"):
@@ -202,11 +202,14 @@ def test_split_chooses_the_problems(tmp_path: Path) -> None:
     written(tmp_path, {"1": problem, "2": problem}, "problems.json")
     written(tmp_path, {"choose_txt_test": ["1"], "choose_txt_val": ["2"]}, "pid_splits.json")
     written(tmp_path, {"2": "B"}, "predictions.json")
-    task = Task("iconqa_choose_txt", "iconqa", "choice", {"task": "choose_txt", "split": "test"})
+    val, test = (
+        Task("iconqa_choose_txt", "iconqa", "choice", {"task": "choose_txt", "split": split})
+        for split in ("val", "test")
+    )
     files = tmp_path / "predictions.json", tmp_path / "problems.json"
-    assert score_file(task, *files, split="val").score == 100.0
+    assert score_file(val, *files).score == 100.0
     with pytest.raises(UserError, match="none of its ids"):
-        score_file(task, *files)
+        score_file(test, *files)
 
 
 def test_scoring_imports_no_torch() -> None:

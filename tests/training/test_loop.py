@@ -20,7 +20,7 @@ from mmtune.data.batches import Batch, batch_order, collate, encode_samples
 from mmtune.data.chat import IGNORE
 from mmtune.data.samples import read_llava
 from mmtune.parts import VisionLanguageModel
-from mmtune.run import RunOptions, Stage
+from mmtune.run import RunOptions
 from mmtune.training import loop
 from mmtune.training.loop import train
 from mmtune.tuning.sculpt import SculptTuner
@@ -212,10 +212,9 @@ def test_frozen_is_bit_identical_trained_is_fp32_pruned_is_zero(
         kept.append((model, state))
         save(model, folder, state)
 
-    def remember(model: VisionLanguageModel, stage: Stage, folder: Path, number: int) -> Any:
-        made = attach(model, stage, folder, number)
-        tuners.update(made[0])
-        return made
+    def remember(model: VisionLanguageModel, made: dict[str, Any], folder: Path, number: int) -> Any:
+        tuners.update(made)
+        return attach(model, made, folder, number)
 
     monkeypatch.setattr(loop, "_save_model", keep)
     monkeypatch.setattr(loop, "_attach", remember)

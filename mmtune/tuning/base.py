@@ -6,11 +6,13 @@ torch and peft only inside functions, so that the faults of a config are found w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
 from mmtune.core.config import Report
+from mmtune.core.errors import Fault, UserError
 from mmtune.core.table import Table
 
 if TYPE_CHECKING:
@@ -35,20 +37,32 @@ TUNERS = Table(
 class PenaltyOptions:
     """A penalty on weights, added to the task's loss with `weight` (alpha or beta of LoRASculpt).
 
-    omega: of the retention mask. modules: which adapted modules it falls on, all of them or those that
-    are pruned; over several it is their mean.
+    omega: of the retention mask. modules: what it falls on: `all` modules that train, those that are
+    `pruned`, or full module names under the part, with * for any part of a name; over several it is
+    their mean.
     """
 
     weight: float
     kind: Literal["conflict"] = "conflict"
     omega: float = 1.0
-    modules: Literal["all", "pruned"] = "all"
+    modules: Literal["all", "pruned"] | list[str] = "all"
 
     def check(self, fault: Report) -> None:
         if self.weight < 0:
             fault("weight", f"expected 0 or more, found {self.weight}")
         if self.omega <= 0:
             fault("omega", f"expected more than 0, found {self.omega}")
+        if self.modules == []:
+            fault("modules", "an empty list: nothing would be penalised")
+
+    def select(self, trained: Sequence[str], part: str) -> list[str]:
+        """The modules among `trained` that the penalty falls on, for a tuner that prunes all of them or none.
+
+        Raises UserError for a name that is none of them.
+        """
+        if isinstance(self.modules, str):
+            return list(trained)
+        return matching(trained, self.modules, "module that trains here", f"tune.{part}.penalty.modules")
 
 
 @dataclass
@@ -106,12 +120,29 @@ class Tuner:
         """Restores what `state` gave."""
 
 
-def rows_of(part: str, core: nn.Module, tuner: str, lr: float | None, regularised: bool = False) -> list[Row]:
-    """A row for each module that holds parameters of its own."""
+def matching(names: Sequence[str], patterns: Sequence[str], kind: str, where: str) -> list[str]:
+    """The names that a pattern fits, in their own order; * in a pattern is any part of a name.
+
+    Raises UserError with each pattern that fits none.
+    """
+    known = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+    faults = [
+        Fault(f"'{pattern}' is no {kind}", where, f"Known: {known}")
+        for pattern in patterns
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+    if faults:
+        raise UserError.of(faults)
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def rows_of(
+    part: str, core: nn.Module, tuner: str, lr: float | None, penalised: Collection[str] = ()
+) -> list[Row]:
+    """A row for each module that holds parameters of its own; `penalised`: the modules with a penalty."""
     rows = []
     for name, own in own_parameters(core):
         trained = sum(p.numel() for p in own if p.requires_grad)
-        matrix = any(p.ndim == 2 for p in own)
         rows.append(
             Row(
                 part,
@@ -120,7 +151,7 @@ def rows_of(part: str, core: nn.Module, tuner: str, lr: float | None, regularise
                 sum(p.numel() for p in own),
                 trained,
                 lr if trained else None,
-                regularised=regularised and matrix,
+                regularised=name in penalised,
             )
         )
     return rows

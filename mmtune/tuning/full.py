@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class FullOptions:
-    """lr: the part's own learning rate. penalty: on M0 * (W - W0) of its matrices (LoRASculpt's beta)."""
+    """lr: the part's own learning rate. penalty: on M0 * (W - W0) of its matrices (LoRASculpt's beta);
+    its `modules` are those that hold a weight matrix.
+    """
 
     lr: float
     tuner: Literal["full"] = "full"
@@ -45,13 +47,18 @@ class FullTuner(Tuner):
         core = model.core(part)
         core.requires_grad_(True).float()
         for name, parameter in core.named_parameters():
-            # CLIP's post-norm serves the pooled token only: it never gets a gradient.
-            if "post_layernorm" in name:
-                parameter.requires_grad_(False)
-            elif self.options.penalty and parameter.ndim == 2:
-                self.matrices[name] = (parameter, parameter.detach().clone())
+            if name.startswith(getattr(model.part(part), "unused", ())):
+                parameter.requires_grad_(False)  # it would never get a gradient
+        penalised: list[str] = []
+        if self.options.penalty:
+            matrices = {n: p for n, p in core.named_parameters() if p.requires_grad and p.ndim == 2}
+            holders = list(dict.fromkeys(name.rpartition(".")[0] for name in matrices))
+            penalised = self.options.penalty.select(holders, part)
+            for name, parameter in matrices.items():
+                if name.rpartition(".")[0] in penalised:
+                    self.matrices[name] = (parameter, parameter.detach().clone())
         getattr(model.options, part).weights = None
-        return rows_of(part, core, "full", self.options.lr, regularised=bool(self.matrices))
+        return rows_of(part, core, "full", self.options.lr, penalised)
 
     def penalty(self) -> torch.Tensor | None:
         import torch

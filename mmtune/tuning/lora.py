@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmtune.core.config import Report
-from mmtune.core.errors import Fault, UserError
-from mmtune.tuning.base import PenaltyOptions, Row, Tuner, own_parameters
+from mmtune.core.errors import UserError
+from mmtune.tuning.base import PenaltyOptions, Row, Tuner, matching, own_parameters
 
 if TYPE_CHECKING:
     import torch
@@ -59,11 +58,14 @@ def check_lora(options: Any, fault: Report) -> None:
 
 
 class LoraTuner(Tuner):
-    """Attaches the adapter. `layers` maps a target's full name to its peft layer."""
+    """Attaches the adapter. `layers` maps a target's full name to its peft layer; `penalised` are the names
+    of those that a penalty falls on.
+    """
 
     def __init__(self, options: Any) -> None:
         self.options = options
         self.layers: dict[str, Any] = {}
+        self.penalised: list[str] = []
         self.norms: dict[str, torch.Tensor] = {}
 
     def attach(self, model: VisionLanguageModel, part: str) -> list[Row]:
@@ -82,6 +84,8 @@ class LoraTuner(Tuner):
                 f"({' x '.join(map(str, shapes[too_small[0]]))})",
                 where=f"tune.{part}.rank",
             )
+        if options.penalty:
+            self.penalised = options.penalty.select(targets, part)
         config = LoraConfig(
             r=options.rank,
             lora_alpha=options.alpha,
@@ -109,8 +113,8 @@ class LoraTuner(Tuner):
         if not penalty:
             return None
         values = []
-        for name, layer in self.layers.items():
-            weight = layer.get_base_layer().weight
+        for name in self.penalised:
+            weight = self.layers[name].get_base_layer().weight
             if name not in self.norms:
                 self.norms[name] = frobenius(weight)
             values.append(conflict_penalty(weight, *self.pair(name), penalty.omega, self.norms[name]))
@@ -132,7 +136,7 @@ class LoraTuner(Tuner):
                     trained,
                     self.options.lr,
                     pruned,
-                    bool(self.options.penalty),
+                    name in self.penalised,
                 )
             )
         adapted = tuple(f"{name}." for name in self.layers)
@@ -152,11 +156,4 @@ def find_targets(core: nn.Module, wanted: str | list[str], where: str) -> list[s
     if isinstance(wanted, str):
         head = getattr(core, "get_output_embeddings", lambda: None)()
         return [name for name in linear if core.get_submodule(name) is not head]
-    faults = [
-        Fault(f"'{pattern}' is no linear layer of this part", where, f"It has {', '.join(linear[:8])} ...")
-        for pattern in wanted
-        if not any(fnmatchcase(name, pattern) for name in linear)
-    ]
-    if faults:
-        raise UserError.of(faults)
-    return [name for name in linear if any(fnmatchcase(name, pattern) for pattern in wanted)]
+    return matching(linear, wanted, "linear layer of this part", where)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmtune.core.errors import UserError
 from mmtune.parts import VisionLanguageModel
 from mmtune.parts.model import assemble
 from mmtune.parts.spec import PARTS, LanguageOptions
@@ -64,6 +65,17 @@ def test_rows_add_up(tmp_path: Path, part: str, tied: bool) -> None:
         assert row.regularised == any(p.ndim == 2 for p in own)
 
 
+def test_what_a_tower_declares_unused_stays(
+    model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(model.vision), "unused", ("pre_layrnorm", "post_layernorm"))
+    FullOptions(lr=1e-3).make().attach(model, "vision")
+    idle = {name for name, p in model.core("vision").named_parameters() if not p.requires_grad}
+    assert idle == {
+        f"{norm}.{kind}" for norm in ("pre_layrnorm", "post_layernorm") for kind in ("weight", "bias")
+    }
+
+
 def test_the_penalty_is_the_weighted_mean_over_matrices(model: VisionLanguageModel) -> None:
     tuner = penalised().make()
     tuner.attach(model, "connector")
@@ -83,6 +95,25 @@ def test_the_penalty_is_the_weighted_mean_over_matrices(model: VisionLanguageMod
         torch.autograd.grad(found, matrices), torch.autograd.grad(mean, matrices), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-8)
+
+
+def test_a_penalty_falls_on_the_named_modules_alone(model: VisionLanguageModel) -> None:
+    tuner = FullOptions(lr=1e-3, penalty=PenaltyOptions(1.0, modules=["*_2"])).make()
+    rows = tuner.attach(model, "connector")
+    assert {row.module: row.regularised for row in rows} == {"linear_1": False, "linear_2": True}
+    weight = model.connector.get_parameter("linear_2.weight")
+    initial = weight.detach().clone()
+    with torch.no_grad():
+        for parameter in model.connector.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    found = tuner.penalty()
+    assert found is not None
+    expected = reference.full_penalty(weight, initial, 1.0)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    with pytest.raises(UserError, match=r"'linear_2\.weight' is no module that trains here"):
+        FullOptions(1e-3, penalty=PenaltyOptions(1.0, modules=["linear_2.weight"])).make().attach(
+            model, "connector"
+        )
 
 
 def test_no_penalty_unless_asked(model: VisionLanguageModel) -> None:

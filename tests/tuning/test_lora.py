@@ -164,6 +164,39 @@ def test_the_penalty_is_the_weighted_mean_over_layers(model: VisionLanguageModel
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
 
 
+def test_a_penalty_falls_on_the_named_modules_alone(model: VisionLanguageModel) -> None:
+    options_ = options(
+        penalty=PenaltyOptions(1.0, modules=["model.layers.0.mlp.*", "model.layers.1.mlp.up_proj"])
+    )
+    tuner = options_.make()
+    rows = tuner.attach(model, "language")
+    meant = [
+        f"model.layers.{name}"
+        for name in ("0.mlp.gate_proj", "0.mlp.up_proj", "0.mlp.down_proj", "1.mlp.up_proj")
+    ]
+    assert [row.module for row in rows if row.regularised] == meant
+    for name in tuner.layers:
+        nn.init.normal_(tuner.pair(name)[1])
+    found = tuner.penalty()
+    assert found is not None
+    expected = [
+        reference.conflict_penalty(tuner.layers[name].get_base_layer().weight, *tuner.pair(name), 1.0)
+        for name in meant
+    ]
+    torch.testing.assert_close(found.double(), torch.stack(expected).mean(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "modules", [["model.layers.0.self_attn.o_proj"], ["mlp.up_proj"], ["*.q_proj", "lm_head"]]
+)
+def test_a_penalty_on_a_module_without_an_adapter(model: VisionLanguageModel, modules: list[str]) -> None:
+    with pytest.raises(UserError, match="is no module that trains here") as caught:
+        attached(model, targets=["*.q_proj", "*.up_proj"], penalty=PenaltyOptions(1.0, modules=modules))
+    assert "tune.language.penalty.modules" in str(caught.value)
+    assert modules[-1] in caught.value.faults[0].what
+    assert not model.adapters
+
+
 def test_no_penalty_unless_asked(model: VisionLanguageModel) -> None:
     assert attached(model).penalty() is None
 
@@ -188,5 +221,5 @@ def test_faulty_options(changes: dict[str, Any], key: str) -> None:
 
 def test_faulty_penalties() -> None:
     found: list[str] = []
-    PenaltyOptions(-1.0, omega=0.0).check(lambda where, *_: found.append(where))
-    assert found == ["weight", "omega"]
+    PenaltyOptions(-1.0, omega=0.0, modules=[]).check(lambda where, *_: found.append(where))
+    assert found == ["weight", "omega", "modules"]

@@ -13,8 +13,9 @@ class VisionTower(nn.Module):
     """Pictures in, patch features out.
 
     A tower declares `width` (of a feature), `tokens` (per picture, without CLS and registers),
-    `image_size`, `patch`, `has_cls`, and the `mean` and `std` its pictures are normalised with. Layers
-    above the one that is used are neither loaded nor run.
+    `image_size`, `patch`, `has_cls`, and the `mean` and `std` its pictures are normalised with; `unused`
+    are prefixes of the names of parameters that its features don't depend on. Layers above the one that
+    is used are neither loaded nor run.
     """
 
     width: int
@@ -24,6 +25,7 @@ class VisionTower(nn.Module):
     has_cls: bool
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    unused: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, weights: str, layer: int, dtype: torch.dtype) -> VisionTower:

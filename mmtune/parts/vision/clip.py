@@ -22,6 +22,7 @@ class ClipTower(VisionTower):
     """Patch features of a CLIP tower's hidden layer, without the CLS token."""
 
     has_cls = True
+    unused = ("post_layernorm",)  # it serves the pooled CLS token only
 
     def __init__(self, hf: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()

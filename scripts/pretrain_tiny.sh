@@ -1,10 +1,19 @@
 #!/usr/bin/env bash
-# Makes the tiny model again from nothing: the world, the tokenizer, three stages of training, its scores.
-# Usage: bash scripts/pretrain_tiny.sh [--seed N]     (runs/tiny_pretrain; the shipped model is not touched)
+# Makes the tiny model again from nothing: the world, the tokenizer, the stages of training, its scores.
+# Writes runs/tiny_pretrain_sN for seed N; the model that ships is not touched. A second run goes on.
+# Usage: bash scripts/pretrain_tiny.sh [--seed N]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
 seed=0
-if [ "${1:-}" = "--seed" ]; then seed="$2"; fi
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --seed)
+      if ! [[ "${2:-}" =~ ^[0-9]+$ ]]; then echo "--seed wants a number, 0 or more" >&2; exit 2; fi
+      seed="$2"; shift 2 ;;
+    *) echo "unknown option $1; usage: bash scripts/pretrain_tiny.sh [--seed N]" >&2; exit 2 ;;
+  esac
+done
 source scripts/venv.sh
 
 name="tiny_pretrain_s$seed"

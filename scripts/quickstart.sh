@@ -9,13 +9,13 @@ seeds=1
 fresh=no
 while [ $# -gt 0 ]; do
   case "$1" in
-    --seeds) seeds="${2:-}"; shift 2 || true ;;
+    --seeds)
+      if ! [[ "${2:-}" =~ ^[1-9][0-9]*$ ]]; then echo "--seeds wants a number, 1 or more" >&2; exit 2; fi
+      seeds="$2"; shift 2 ;;
     --fresh) fresh=yes; shift ;;
     *) echo "unknown option $1; usage: bash scripts/quickstart.sh [--seeds N] [--fresh]" >&2; exit 2 ;;
   esac
 done
-if ! [[ "$seeds" =~ ^[1-9][0-9]*$ ]]; then echo "--seeds wants a number, 1 or more" >&2; exit 2; fi
-
 source scripts/venv.sh
 out=runs/quickstart
 if [ "$fresh" = yes ]; then rm -rf "$out" datasets/tiny; fi

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +17,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUPTOOLS = 77  # as pyproject.toml says
-BELONGS = ("mmtune", "data", "eval", "setup.cfg", "pyproject.toml", "README.md", "LICENSE", "CITATION.cff")
+BELONGS = (
+    "mmtune", "data", "eval", "scripts", "docs", "tests",
+    "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CITATION.cff",
+)  # fmt: skip
 LOOK = """
 import json
 from pathlib import Path
@@ -41,28 +45,34 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel's contents in a folder of their own; built from a copy, so the checkout stays as it is."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout to build from, so that the checkout stays as it is."""
     try:
         too_old = int(version("setuptools").partition(".")[0]) < SETUPTOOLS
     except PackageNotFoundError:
         too_old = True
     if too_old:
-        pytest.skip(f"building a wheel needs setuptools {SETUPTOOLS}, which this environment lacks")
-    folder = tmp_path_factory.mktemp("package")
-    source, wheels, target = folder / "source", folder / "wheels", folder / "installed"
-    source.mkdir()
+        pytest.skip(f"building needs setuptools {SETUPTOOLS}, which this environment lacks")
+    folder = tmp_path_factory.mktemp("package") / "source"
+    folder.mkdir()
     for name in BELONGS:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy(ROOT / name, source / name)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(source: Path) -> Path:
+    """The wheel's contents in a folder of their own."""
+    wheels, target = source.parent / "wheels", source.parent / "installed"
     if importlib.util.find_spec("build"):
         command = ["-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels), str(source)]
     else:
         command = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels)]
         command.append(str(source))
-    built = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=folder)
+    built = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=source.parent)
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = wheels.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -116,3 +126,16 @@ def test_every_file_of_the_checkout_is_in_the_wheel(installed: Path) -> None:
         if folder == "mmtune":
             there = {path for path in there if path.parts[0] != "share"}
         assert there == here
+
+
+def test_the_source_distribution_is_a_whole_checkout(source: Path) -> None:
+    code = "from setuptools.build_meta import build_sdist; build_sdist('../sdist')"
+    built = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=source)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (archive,) = (source.parent / "sdist").glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        there = {Path(*Path(member.name).parts[1:]) for member in packed if member.isfile()}
+    for name in BELONGS:
+        files = (ROOT / name).rglob("*") if (ROOT / name).is_dir() else [ROOT / name]
+        here = {path.relative_to(ROOT) for path in files if path.is_file()}
+        assert {path for path in here if "__pycache__" not in path.parts} <= there

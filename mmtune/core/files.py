@@ -103,3 +103,15 @@ def share(kind: str) -> Path:
     package = Path(__file__).resolve().parents[1]
     installed = package / "share" / kind
     return installed if installed.is_dir() else package.parent / kind
+
+
+def shipped(path: str | Path) -> Path:
+    """`path`, or, where it starts with data/ and is not there, what ships with mmtune under that name.
+
+    So `data/tiny/model` names the tiny model outside a checkout as it does inside.
+    """
+    path = Path(path)
+    if path.parts[:1] == ("data",) and not path.exists():
+        ours = share("data").joinpath(*path.parts[1:])
+        return ours if ours.exists() else path
+    return path

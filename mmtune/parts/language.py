@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from mmtune.core.errors import UserError
-from mmtune.parts.loading import from_pretrained, own_weights
+from mmtune.parts.loading import from_pretrained, new_config, own_weights, refusals
 
 
 class LanguageModel(nn.Module):
@@ -36,22 +36,23 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def create(cls, config: dict[str, Any], tokenizer: str) -> LanguageModel:
-        """With random weights, from the fields of a transformers config; `model_type` names the family."""
+        """With random weights, from the fields of a transformers config; `model_type` names the family.
+
+        Raises UserError for a family, a field or a value that transformers does not know.
+        """
         tokens = load_tokenizer(tokenizer)
-        fields = {"vocab_size": len(tokens), **config}
+        fields = dict(config)
         model_type = fields.pop("model_type", None)
+        where = "model.language.config"
         if model_type is None:
-            raise UserError(
-                "'model_type' is missing", where="model.language.config", mend="For example llama."
-            )
+            raise UserError("'model_type' is missing", where=where, mend="For example llama.")
+        if str(model_type) not in CONFIG_MAPPING:
+            raise UserError(f"transformers knows no model_type '{model_type}'", where=where)
         special = {name: getattr(tokens, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        try:
-            made = AutoConfig.for_model(model_type, **{**special, **fields})
-        except ValueError:
-            raise UserError(
-                f"transformers knows no model_type '{model_type}'", where="model.language.config"
-            ) from None
-        return cls(AutoModelForCausalLM.from_config(made), tokens)
+        made = new_config(CONFIG_MAPPING[model_type], fields, where, vocab_size=len(tokens), **special)
+        with refusals(where):
+            hf = AutoModelForCausalLM.from_config(made)
+        return cls(hf, tokens)
 
     def save(self, folder: Path) -> None:
         self.hf.save_pretrained(folder, state_dict=own_weights(self.hf))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging
 
-from mmtune.core.errors import UserError
+from mmtune.core.errors import Fault, UserError
+from mmtune.core.table import nearest
 
 
 def from_pretrained(cls: Any, weights: str, **options: Any) -> Any:
@@ -50,6 +53,32 @@ def load_config(weights: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(weights)
     except (OSError, ValueError) as error:
         raise _unloadable(weights, error) from None
+
+
+def new_config(cls: Any, fields: dict[str, Any], where: str, **preset: Any) -> Any:
+    """A transformers config from a user's `fields`, which come before `preset`.
+
+    Raises UserError for values that are refused and for fields the config does not have: transformers
+    keeps those without a word, and the default takes the place of what was meant.
+    """
+    with refusals(where):
+        made, default = cls(**{**preset, **fields}), cls()
+    # A field of an older version is not there by default either, but it is turned into another, not kept.
+    unknown = [name for name in fields if name in vars(made) and not hasattr(default, name)]
+    if unknown:
+        known = [name for name in (*vars(default), *cls.attribute_map) if not name.startswith("_")]
+        raise UserError.of(Fault(f"unknown field '{name}'", where, nearest(name, known)) for name in unknown)
+    return made
+
+
+@contextmanager
+def refusals(where: str) -> Iterator[None]:
+    """For making a thing of transformers from a user's values alone: whatever it raises is theirs to mend."""
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"refused by transformers: {type(error).__name__}: {said}", where=where) from error
 
 
 def own_weights(part: nn.Module) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from mmtune.core.config import to_dict
 from mmtune.core.errors import UserError
-from mmtune.core.files import read_json, write_json
+from mmtune.core.files import read_json, shipped, write_json
 from mmtune.data.batches import Batch
 from mmtune.data.chat import IGNORE, IMAGE_ID, Chat, Turn
 from mmtune.data.image import ImageTransform
@@ -184,7 +184,7 @@ class VisionLanguageModel(nn.Module):
         """
         options = read_options(folder)
         model = assemble(replace(options, dtype=dtype))  # type: ignore[arg-type]
-        for name, adapter in _adapters(Path(folder)).items():
+        for name, adapter in _adapters(folder).items():
             model.load_adapter(name, adapter)
             if merge:
                 model.merge_adapter(name)
@@ -214,7 +214,7 @@ def assemble(options: ModelOptions, exact: Collection[str] = ()) -> VisionLangua
     """
     if options.base is not None:
         base = read_options(options.base)
-        adapters = _adapters(Path(options.base))
+        adapters = _adapters(options.base)
         given = {name: getattr(options, name) for name in PARTS if getattr(options, name) is not None}
         merged = adapters.keys() - given.keys()
         described = replace(base, dtype=options.dtype, attention=options.attention, **given)
@@ -244,7 +244,7 @@ def assemble(options: ModelOptions, exact: Collection[str] = ()) -> VisionLangua
 
 def read_options(folder: str | Path) -> ModelOptions:
     """The options a model folder was saved with, its relative paths resolved. Raises UserError."""
-    folder = Path(folder)
+    folder = shipped(folder)
     if not folder.is_dir():
         raise UserError("no such folder", where=folder)
     config = read_json(folder / "config.json")
@@ -277,7 +277,8 @@ def _language(options: LanguageOptions, dtype: torch.dtype) -> LanguageModel:
     return LanguageModel.create(options.config, options.tokenizer).to(dtype)
 
 
-def _adapters(folder: Path) -> dict[str, Path]:
+def _adapters(folder: str | Path) -> dict[str, Path]:
+    folder = shipped(folder)
     config = read_json(folder / "config.json")
     return {name: folder / config[name]["adapter"] for name in PARTS if "adapter" in config[name]}
 

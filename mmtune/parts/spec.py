@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from mmtune.core.config import Report
+from mmtune.core.files import shipped
 from mmtune.core.table import Table, nearest
 from mmtune.data.chat import FORMATS
 
@@ -94,10 +94,10 @@ class ModelOptions:
                     fault(
                         "", f"neither 'base' nor '{part}' is given", "Name a base model, or all three parts."
                     )
-        elif Path(self.base).exists() and not (Path(self.base) / "config.json").is_file():
-            fault("base", f"{self.base} holds no config.json", "Name a folder that mmtune saved a model to.")
-        elif not Path(self.base).exists():
+        elif not shipped(self.base).exists():
             fault("base", f"there is no folder {self.base}")
+        elif not (shipped(self.base) / "config.json").is_file():
+            fault("base", f"{self.base} holds no config.json", "Name a folder that mmtune saved a model to.")
 
 
 def _weights_or_config(weights: str | None, config: dict[str, Any] | None, fault: Report) -> None:

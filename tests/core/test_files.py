@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmtune.core.errors import UserError
-from mmtune.core.files import read_json, read_jsonl, read_text, replacing, share, write_json, write_text
+from mmtune.core.files import (
+    read_json,
+    read_jsonl,
+    read_text,
+    replacing,
+    share,
+    shipped,
+    write_json,
+    write_text,
+)
 
 values: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -120,3 +129,13 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 def test_what_ships_with_the_package() -> None:
     assert (share("data") / "tiny_iconqa.yaml").is_file()
     assert share("eval").is_dir()
+
+
+def test_what_ships_is_found_by_its_name_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    card = "tiny_iconqa.yaml"
+    assert shipped(f"data/{card}") == share("data") / card
+    for path in ("data/mine", "runs/a/final", card, str(tmp_path / "data")):
+        assert shipped(path) == Path(path)
+    write_text(tmp_path / "data" / card, "mine")
+    assert shipped(Path("data", card)) == Path("data", card)

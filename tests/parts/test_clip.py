@@ -163,6 +163,20 @@ def test_created_from_a_config(tmp_path: Path) -> None:
     assert torch.equal(features(ClipTower.load(str(tmp_path), -1, FP32)), features(tower))
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("patchsize", 16, r"unknown field 'patchsize'\n.*'patch_size'"),
+        ("hidden_size", "16", "refused by transformers: .*'hidden_size' expected int"),
+        ("num_attention_heads", 5, "refused by transformers"),
+        ("hidden_act", "glu", "refused by transformers"),
+    ],
+)
+def test_faulty_configs(field: str, value: object, message: str) -> None:
+    with pytest.raises(UserError, match=rf"model\.vision\.config: {message}"):
+        ClipTower.create({**VISION, field: value}, -2)
+
+
 def test_bfloat16(tmp_path: Path) -> None:
     tower = ClipTower.load(save_tower(tmp_path), -2, torch.bfloat16)
     assert features(tower).dtype == torch.bfloat16

@@ -99,14 +99,47 @@ def test_created_from_a_config(tmp_path: Path) -> None:
     assert larger.hf.config.vocab_size == 300 and larger.hf.config.eos_token_id == 4
 
 
+SMALL = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
-    [({"hidden_size": 8}, "'model_type' is missing"), ({"model_type": "lama"}, "no model_type 'lama'")],
+    [
+        ({"hidden_size": 8}, "'model_type' is missing"),
+        ({"model_type": "lama"}, "no model_type 'lama'"),
+        ({"model_type": []}, "no model_type"),
+        ({**SMALL, "hiden_size": 8}, r"unknown field 'hiden_size'\n.*'hidden_size'"),
+        ({**SMALL, "model_type": "gpt2", "n_layers": 1}, "unknown field '(intermediate_size|n_layers)'"),
+        ({**SMALL, "hidden_size": "8"}, "refused by transformers: .*'hidden_size' expected int"),
+        ({**SMALL, "num_attention_heads": 3}, "not a multiple of the number of attention heads"),
+        ({**SMALL, "hidden_act": "glu"}, "refused by transformers: KeyError: 'glu'"),
+        ({**SMALL, "intermediate_size": -1}, "negative dimension"),
+        ({"model_type": "clip_vision_model"}, "refused by transformers: .*CLIPVisionConfig"),
+    ],
 )
 def test_faulty_configs(tmp_path: Path, config: dict[str, object], message: str) -> None:
     tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as raised:
         LanguageModel.create(config, str(tmp_path))
+    assert {fault.where for fault in raised.value.faults} == {"model.language.config"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {**SMALL, "rope_theta": 5e5},  # of transformers 4, and in every published Llama config
+        {**SMALL, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"model_type": "gpt2", "hidden_size": 8, "n_head": 2, "num_hidden_layers": 1},  # either name
+    ],
+)
+def test_fields_by_their_other_names(tmp_path: Path, config: dict[str, object]) -> None:
+    tokenizer().save_pretrained(tmp_path)
+    made = LanguageModel.create(config, str(tmp_path)).hf.config
+    assert made.hidden_size == 8
+    if made.model_type == "llama":
+        assert made.rope_parameters["rope_theta"] == config.get("rope_theta", 10_000)
+        assert made.rope_parameters["rope_type"] == ("linear" if "rope_scaling" in config else "default")
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -270,6 +270,20 @@ def test_saved_and_restored_under_any_name(model: VisionLanguageModel, tmp_path:
     assert list(tmp_path.rglob("*.bin")) == [] and list(tmp_path.rglob("*.pt")) == []
 
 
+def test_what_ships_is_found_by_its_name_anywhere(
+    model: VisionLanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an adapter, which lies in the same folder; as a model and as the base of another."""
+    attach_lora(model, "language")
+    model.eval().save_pretrained(tmp_path / "installed" / "tiny" / "model")
+    monkeypatch.setattr("mmtune.core.files.share", lambda kind: tmp_path / "installed")
+    monkeypatch.chdir(tmp_path)
+    again = VisionLanguageModel.from_pretrained("data/tiny/model")
+    assert same(model, again)
+    merged = VisionLanguageModel.from_pretrained("data/tiny/model", merge=True)
+    assert same(merged, assemble(ModelOptions(base="data/tiny/model")).eval())
+
+
 def test_frozen_parts_are_references(model: VisionLanguageModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "runs/one/final")
     config = json.loads((tmp_path / "runs/one/final/config.json").read_text())

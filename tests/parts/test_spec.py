@@ -59,6 +59,15 @@ def test_a_model_needs_a_base_or_three_parts(tmp_path: Path) -> None:
     assert faults(ModelOptions(base=str(tmp_path))) == []
 
 
+def test_the_model_that_ships_is_a_base_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "installed" / "tiny").mkdir(parents=True)
+    (tmp_path / "installed" / "tiny" / "config.json").write_text("{}")
+    monkeypatch.setattr("mmtune.core.files.share", lambda kind: tmp_path / "installed")
+    monkeypatch.chdir(tmp_path)
+    assert faults(ModelOptions(base="data/tiny")) == []
+    assert "no folder" in faults(ModelOptions(base="data/tyny"))[0][1]
+
+
 def test_no_torch_for_options() -> None:
     code = "import sys, mmtune.parts.spec, mmtune.parts; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

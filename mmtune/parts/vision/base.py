@@ -34,7 +34,7 @@ class VisionTower(nn.Module):
 
     @classmethod
     def create(cls, config: dict[str, Any], layer: int) -> VisionTower:
-        """With random weights, from the fields of the family's own config."""
+        """With random weights, from the fields of the family's own config. Raises UserError for others."""
         raise NotImplementedError
 
     def save(self, folder: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import CLIPConfig, CLIPVisionConfig, CLIPVisionModel
 
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, write_json
-from mmtune.parts.loading import from_pretrained, load_config, own_weights
+from mmtune.parts.loading import from_pretrained, load_config, new_config, own_weights, refusals
 from mmtune.parts.vision.base import VisionTower
 
 # The normalisation of OpenAI's CLIP, used where a checkpoint brings no preprocessor_config.json.
@@ -51,9 +51,12 @@ class ClipTower(VisionTower):
 
     @classmethod
     def create(cls, config: dict[str, Any], layer: int) -> ClipTower:
-        made = CLIPVisionConfig(**config)
-        _cut(made, layer, "model.vision.config")
-        return cls(CLIPVisionModel(made), MEAN, STD)
+        where = "model.vision.config"
+        made = new_config(CLIPVisionConfig, config, where)
+        _cut(made, layer, where)
+        with refusals(where):
+            hf = CLIPVisionModel(made)
+        return cls(hf, MEAN, STD)
 
     def save(self, folder: Path) -> None:
         self.hf.save_pretrained(folder, state_dict=own_weights(self.hf))

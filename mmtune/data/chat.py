@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import TYPE_CHECKING, Literal
 
 from mmtune.core.errors import UserError
@@ -28,6 +29,8 @@ IGNORE = -100
 _PICTURE = re.compile(f"({IMAGE})")
 
 FORMATS = ("template", "vicuna_v1", "plain")
+# Whose texts a chat template may trim: nobody's, or those of some roles.
+_TRIMMED = [some for count in range(4) for some in combinations(("system", "user", "assistant"), count)]
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -143,6 +146,10 @@ class Chat:
         messages = [{"role": turn.role, "content": mark} for turn, mark in zip(turns, marks, strict=True)]
         asks = turns[-1].role == "user"
         whole = self._render(messages, generation=asks)
+        missing = [turn.role for turn, mark in zip(turns, marks, strict=True) if mark not in whole]
+        if missing:
+            raise UserError(f"the tokenizer's chat template leaves out the {missing[0]}'s turn")
+        turns = self._as_written(turns, whole, marks)
         pieces: list[Piece] = []
         done = 0
 
@@ -165,17 +172,30 @@ class Chat:
             until = self._render(messages[: i + 1], generation=False)
             answer, mark, ending = until[done:].partition(marks[i])
             if not mark:
-                raise UserError("the tokenizer's chat template leaves out an assistant's turn")
+                raise UserError("the tokenizer's chat template leaves out the assistant's turn")
             kept = ending.rstrip()
             advance(answer + mark + kept, supervised=True)
             if not kept:
                 pieces.append(Piece(self.tokenizer.eos_token, supervised=True, control=True))
             advance(ending[len(kept) :])
         advance(whole[done:])
-        missing = [i for i, mark in enumerate(marks) if mark not in whole]
-        if missing:
-            raise UserError(f"the tokenizer's chat template leaves out the {turns[missing[0]].role}'s turn")
         return pieces
+
+    def _as_written(self, turns: list[Turn], whole: str, marks: list[str]) -> list[Turn]:
+        """The turns as the template writes their texts in the places of the marks in `whole`.
+
+        Templates may trim: Llama 3's and Gemma's what anyone says, Mistral's what the assistant says.
+        """
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        real = self._render(messages, generation=turns[-1].role == "user")
+        for trimmed in _TRIMMED:
+            said = [replace(turn, text=turn.text.strip()) if turn.role in trimmed else turn for turn in turns]
+            if "".join(piece.text for piece in _split_at_marks(whole, marks, said, False)) == real:
+                return said
+        raise UserError(
+            "the tokenizer's chat template changes what this conversation says",
+            mend="Name another chat format under model.language.chat, for example vicuna_v1.",
+        )
 
     def _render(self, messages: list[dict[str, str]], generation: bool) -> str:
         import jinja2

@@ -162,6 +162,47 @@ def test_special_tokens_in_speech_stay_text(
     assert sum(i in special for i in labels) == sum(turn.role == "assistant" for turn in turns)
 
 
+# --- templates that trim -------------------------------------------------------------------------------
+
+# Whose texts are trimmed, as by Llama 3 and Gemma, by Mistral, and by Llama 2.
+TRIMMED = {"everybody": "true", "assistant": "m['role'] == 'assistant'", "others": "m['role'] != 'system'"}
+blank = st.sampled_from(["", " ", "\n", " \n "])
+
+
+@st.composite
+def padded(draw: st.DrawFn) -> list[Turn]:
+    return [Turn(t.role, draw(blank) + t.text + draw(blank)) for t in draw(conversations())]
+
+
+@pytest.fixture(
+    scope="module", params=[(t, who) for t in ("llama3", "mistral") for who in TRIMMED], ids="-".join
+)
+def trimming(request: pytest.FixtureRequest, make_tokenizer: Any) -> tuple[Chat, Any]:
+    template, who = request.param
+    pair = make_tokenizer("byte_level", template), make_tokenizer("byte_level", template)
+    for tokenizer in pair:
+        trimmed = f"(m['content'] | trim if {TRIMMED[who]} else m['content'])"
+        tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", trimmed)
+    return Chat(pair[0], "template", PLACES), pair[1]
+
+
+@given(turns=padded())
+@settings(max_examples=40, deadline=None)
+def test_ids_are_those_of_a_template_that_trims(trimming: tuple[Chat, Any], turns: list[Turn]) -> None:
+    chat, reference = trimming
+    rendered = reference.apply_chat_template(_messages(turns), tokenize=False)
+    ids, labels = chat.encode(turns)
+    assert ids == _whole(reference, rendered)
+    said = [_decoded(chat.tokenizer, span) for span in _spans(labels)]
+    ends = [turn.text.strip() + chat.tokenizer.eos_token for turn in turns if turn.role == "assistant"]
+    assert [text.removeprefix(" ") for text in said] == ends
+    for i, turn in enumerate(turns):
+        if turn.role == "user":
+            prompt = chat.prompt(turns[: i + 1])
+            assert prompt == ids[: len(prompt)]
+            assert labels[len(prompt)] != IGNORE
+
+
 # --- vicuna_v1 -----------------------------------------------------------------------------------------
 
 
@@ -341,6 +382,9 @@ def test_a_format_the_tokenizer_cannot_serve(make_tokenizer: Any) -> None:
             "leaves out the system's turn",
         ),
         ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{% for m in messages %}{{ m['content'] | upper }}</s>{% endfor %}", "leaves out"),
+        ("{% for m in messages %}{{ m['content'] | replace('A', 'B') }}</s>{% endfor %}", "changes what"),
+        ("{% for m in messages %}{{ m['content'] }}|{{ m['content'] }}</s>{% endfor %}", "changes what"),
     ],
 )
 def test_templates_that_would_train_something_else(make_tokenizer: Any, template: str, message: str) -> None:

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a subcommand. Exit codes: 0 done, 2 the user's mistake (one clear message), 1 a fault of ours."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes positional arguments in one go, but overrides may stand before and after flags.
+    if rest and not ("overrides" in options and all("=" in text and text[0] != "-" for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
     try:
         options.run(options)
     except UserError as error:
@@ -50,16 +56,31 @@ def _parser() -> argparse.ArgumentParser:
     what = evaluate.add_mutually_exclusive_group(required=True)
     what.add_argument("--tasks", help="names with commas between")
     what.add_argument("--suite", help="the name of a suite, or a YAML file of your own")
-    evaluate.add_argument("--split", default="test")
+    evaluate.add_argument("--split", help="of every task (default: each task's own reporting split)")
     evaluate.add_argument("--output_path", type=Path, required=True)
     evaluate.add_argument("--batch_size", type=_positive, default=32)
     evaluate.add_argument("--limit", type=_positive, help="only the first so many questions of each task")
     evaluate.add_argument("--gen_kwargs", default="", help="max_new_tokens=N, instead of the protocol's")
-    evaluate.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    evaluate.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="float32, the default, since only there the batch size changes no answer",
+    )
     evaluate.add_argument(
         "--data_root", type=Path, help="where the data lies, instead of the protocol's root"
     )
-    evaluate.add_argument("--predict_only", action="store_true", help="write the answers, score nothing")
+    evaluate.add_argument(
+        "--seed", type=int, default=0, help="stamped into the results; decoding is greedy and draws nothing"
+    )
+    evaluate.add_argument(
+        "--log_samples", action="store_true", help="as lm-eval's users write; every answer is always written"
+    )
+    what_for = evaluate.add_mutually_exclusive_group()
+    what_for.add_argument("--predict_only", action="store_true", help="write the answers, score nothing")
+    what_for.add_argument(
+        "--skip_done", action="store_true", help="keep results of this very model, made in the same way"
+    )
     evaluate.set_defaults(run=_eval)
 
     score = commands.add_parser("score", help="score a file of predictions against official annotations")
@@ -67,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--predictions", type=Path, required=True, help="JSONL or JSON: question_id and text")
     score.add_argument("--annotations", type=Path, required=True, help="the annotation file as published")
     score.add_argument("--rule", help="instead of the protocol's own")
-    score.add_argument("--split", help="of an annotation file that holds several")
+    score.add_argument(
+        "--split", help="of an annotation file that holds several (default: the reporting one)"
+    )
     score.add_argument("--per_sample", type=Path, metavar="FILE", help="write a line per question here")
     score.set_defaults(run=_score)
 
@@ -77,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="runs/NAME")
     report.add_argument("--suite", required=True)
-    report.add_argument("--split", default="test")
+    report.add_argument("--split", help="that was asked of every task (default: each one's reporting split)")
     report.add_argument("--output_path", type=Path, required=True)
     report.set_defaults(run=_report)
 
@@ -108,51 +131,49 @@ def _positive(text: str) -> int:
 def _train(options: argparse.Namespace) -> None:
     from mmtune.evaluation.protocol import load_protocol, load_suite
     from mmtune.run import read_run
+    from mmtune.training.folder import open_run
 
     run = read_run(options.yaml, options.overrides)
-    suite = load_suite(run.evaluate.suite) if run.evaluate else None
-    tasks = [*suite.source, *suite.target] if suite else []
-    if run.evaluate and run.evaluate.at_end:
-        for task in tasks:  # what is missing is said now, not after hours of training
-            load_protocol(task).questions(run.evaluate.split, run.evaluate.root)
-    from mmtune.training.loop import train
+    wanted = run.evaluate if run.evaluate and run.evaluate.at_end else None
+    suite = load_suite(wanted.suite) if wanted else None
+    if wanted and suite:
+        for task in suite.tasks:  # what is missing is said now, not after hours of training
+            load_protocol(task).questions(wanted.split, wanted.root)
+    final = run.folder / "final"
+    if open_run(run, options.resume):
+        print(f"already done: {final}")
+    else:
+        from mmtune.training.loop import train
 
-    final = train(run, resume=options.resume)
-    print(f"trained: {final}")
-    if run.evaluate is None or suite is None or not run.evaluate.at_end:
+        train(run, options.resume)
+        print(f"trained: {final}")
+    if not wanted or not suite:
         return
     from mmtune.evaluation.evaluate import evaluate, print_results
 
-    place = run.folder / "eval" / f"{suite.name}-{run.evaluate.split}"
+    place = run.folder / suite.folder(wanted.split)
     made = evaluate(
         final,
-        tasks,
+        suite.tasks,
         place,
-        split=run.evaluate.split,
-        batch_size=run.evaluate.batch_size,
-        limit=run.evaluate.limit,
-        root=run.evaluate.root,
+        split=wanted.split,
+        batch_size=wanted.batch_size,
+        limit=wanted.limit,
+        root=wanted.root,
+        dtype=wanted.dtype,
+        skip_done=True,
     )
     print_results(made, _console())
     print(f"evaluated: {place / 'results.json'}")
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from mmtune.evaluation.protocol import load_protocol, load_suite
-
-    if options.suite:
-        suite = load_suite(options.suite)
-        tasks = [*suite.source, *suite.target]
-    else:
-        tasks = options.tasks.split(",")
-    for task in tasks:
-        load_protocol(task)
-    from mmtune.evaluation.evaluate import evaluate, print_results
-    from mmtune.evaluation.generate import parse_gen_kwargs
+    from mmtune.evaluation.evaluate import evaluate, parse_gen_kwargs, print_results
+    from mmtune.evaluation.protocol import load_suite
 
     made = evaluate(
         options.model,
-        tasks,
+        load_suite(options.suite).tasks if options.suite else options.tasks.split(","),
         options.output_path,
         split=options.split,
         batch_size=options.batch_size,
@@ -160,7 +181,9 @@ def _eval(options: argparse.Namespace) -> None:
         root=options.data_root,
         max_new_tokens=parse_gen_kwargs(options.gen_kwargs),
         dtype=options.dtype,
+        seed=options.seed,
         predict_only=options.predict_only,
+        skip_done=options.skip_done,
     )
     if not options.predict_only:
         print_results(made, _console())
@@ -173,15 +196,14 @@ def _score(options: argparse.Namespace) -> None:
     from mmtune.evaluation.score import score_file
 
     protocol = load_protocol(options.task)
-    splits = list(protocol.annotations)
-    split = options.split or ("test" if "test" in splits else splits[-1])
+    split = options.split or protocol.report_split
     score = score_file(protocol.for_split(split), options.predictions, options.annotations, options.rule)
     for warning in score.warnings:
         print(f"mmtune: warning: {warning}", file=sys.stderr)
     if options.per_sample:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in score.per_question)
         write_text(options.per_sample, lines)
-    print(json.dumps(score.summary(), indent=2, ensure_ascii=False))
+    print(json.dumps({**score.summary(), "split": split}, indent=2, ensure_ascii=False))
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -194,11 +216,11 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    from mmtune.evaluation.report import print_report
-    from mmtune.experiments.sweep import read_sweep, run_sweep
+    from mmtune.experiments.sweep import run_sweep
 
-    read_sweep(options.yaml, options.overrides)
     report = run_sweep(options.yaml, options.overrides)
+    from mmtune.evaluation.report import print_report
+
     print_report(report, _console())
     print(f"best: {report['best']}")
 
@@ -211,13 +233,10 @@ def _console() -> Console:
 
 def _prepare(options: argparse.Namespace) -> None:
     from mmtune.data.tiny import generate
+    from mmtune.data.tiny_tokenizer import train_tokenizer
 
     generate(options.output_path, options.seed)
-    tokenizer = options.output_path / "tokenizer"
-    if not tokenizer.exists():
-        from mmtune.data.tiny_tokenizer import train_tokenizer
-
-        train_tokenizer(options.output_path, tokenizer)
+    train_tokenizer(options.output_path, options.output_path / "tokenizer")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mmtune.core.config import Report, Source, chosen_by, parse, to_dict
+from mmtune.core.config import Report, Source, chosen_by, leaves, parse, to_dict
 from mmtune.core.errors import UserError
 from mmtune.core.table import nearest
 from mmtune.data.cards import load_card
@@ -146,14 +147,26 @@ class TrainOptions:
 
 @dataclass
 class EvaluateOptions:
-    """The suite to run, with its tasks on `split`; at_end: when the training is done."""
+    """The suite to run; at_end: when the training is done.
+
+    split: of every task; by default each has its own reporting split. limit: the first so many questions
+    of each task. root: where the data lies, instead of the protocols' own. dtype: float32 whatever the
+    model trained in, since only there the size of a batch changes no answer.
+    """
 
     suite: str
     at_end: bool = True
-    split: str = "test"
+    split: str | None = None
     batch_size: int = 32
     limit: int | None = None
     root: Path | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def check(self, fault: Report) -> None:
+        for name in ("batch_size", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                fault(name, f"expected 1 or more, found {value}")
 
 
 @dataclass
@@ -212,9 +225,27 @@ def read_run(path: Path, overrides: list[str] | None = None) -> RunOptions:
     return parse(RunOptions, Source(path, overrides))
 
 
+# What changes no result: names and places, how often is logged and saved, how many processes load the data,
+# and the evaluation, which says itself how it was made.
+INDIFFERENT = re.compile(
+    r"(stages\.\d+\.)?(name|train\.(log_every|workers|checkpoint\..*))|output|evaluate(\..*)?"
+)
+
+
+def deciding(config: Any) -> dict[str, Any]:
+    """The entries of a run's config, as plain dicts, that its result depends on, by dotted key."""
+    return {key: value for key, value in leaves(config).items() if not INDIFFERENT.fullmatch(key)}
+
+
 def config_hash(options: RunOptions) -> str:
-    """The first 16 hex digits of the SHA-256 of everything that decides the result."""
-    described = to_dict(options)
-    for key in ("name", "output", "evaluate"):
-        described.pop(key, None)
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+    """The first 16 hex digits of the SHA-256 of everything in a config that decides the result."""
+    described = json.dumps(deciding(to_dict(options)), sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+def data_hash(data: list[DataOptions]) -> str:
+    """The first 16 hex digits of the SHA-256 of the training files, in their order; pictures are not read."""
+    digest = hashlib.sha256()
+    for part in data:
+        digest.update(part.file().read_bytes())
+    return digest.hexdigest()[:16]

@@ -21,21 +21,16 @@ out=runs/quickstart
 if [ "$fresh" = yes ]; then rm -rf "$out" datasets/tiny; fi
 
 mmtune data prepare tiny
-if [ ! -f "$out/base/eval/tiny-test/results.json" ]; then
-  echo "== base: the tiny model before tuning"
-  mmtune eval --model data/tiny/model --suite tiny --batch_size 100 --output_path "$out/base/eval/tiny-test"
-fi
+echo "== base: the tiny model before tuning"
+mmtune eval --model data/tiny/model --suite tiny --batch_size 100 --output_path "$out/base/eval/tiny-test" --skip_done
 
 runs=()
 for seed in $(seq 0 $((seeds - 1))); do
   for method in lora lora_tuned lorasculpt_no_penalty lorasculpt; do
     name="${method}_s$seed"
     runs+=("$out/$name")
-    if [ -f "$out/$name/eval/tiny-test/results.json" ]; then continue; fi
     echo "== $name: scripts/tiny/$method.yaml with seed $seed"
-    resume=()
-    if [ -f "$out/$name/run.yaml" ]; then resume=(--resume); fi
-    mmtune train "scripts/tiny/$method.yaml" "name=$name" "seed=$seed" "output=$out" "${resume[@]}"
+    mmtune train "scripts/tiny/$method.yaml" "name=$name" "seed=$seed" "output=$out" --resume
   done
 done
 

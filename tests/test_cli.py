@@ -184,6 +184,17 @@ def mistakes(world: Path, empty: Path) -> dict[str, tuple[list[object], str]]:
         "report: run": (["report", "--base", "base", missing, "--suite", "tiny", *out], "no finished run"),
         "sweep: file": (["sweep", missing], "no such file"),
         "world elsewhere": (["data", "prepare", "tiny", "--output_path", empty], "holds something else"),
+        "a task twice": (["eval", "--model", "base", "--tasks", "tiny_text,tiny_text", *out], "given twice"),
+        "no override": (["train", run, "--resume", "clip"], "unrecognized arguments: clip"),
+        "an override of nothing": (
+            ["eval", "--model", "base", *tasks, *out, "a=1"],
+            "unrecognized arguments",
+        ),
+        "both": (
+            ["eval", "--model", "base", *tasks, *out, "--predict_only", "--skip_done"],
+            "not allowed with",
+        ),
+        "evaluate": (["train", run, "evaluate={suite: tiny, batch_size: 0}"], "expected 1 or more, found 0"),
         "unknown data": (["data", "prepare", "tinny"], "invalid choice"),
     }
 
@@ -223,6 +234,68 @@ def test_preparing_the_tiny_world_twice(cli: Cli, tmp_path: Path, monkeypatch: p
     assert (code, "nothing to do" in out) == (0, True)
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()} == files
     assert cli("data", "prepare", "tiny", "--output_path", place, "--seed", 1)[0] == 2
+
+
+# ---- Once more ------------------------------------------------------------------------------------------
+
+
+def test_overrides_may_stand_anywhere(cli: Cli, world: Path, tmp_path: Path) -> None:
+    path = run_file(world, tmp_path, "any", train={"steps": 1})
+    assert cli("train", path, "train.clip=0.5", "--resume", "name=order", "train.clip=0.25")[0] == 0
+    assert cli("train", "--resume", path, "name=second", "train.clip=0.25")[0] == 0
+    for name in ("order", "second"):
+        assert "clip: 0.25" in (tmp_path / name / "run.yaml").read_text()
+
+
+def test_a_finished_run_says_so_without_torch(cli: Cli, world: Path, tmp_path: Path) -> None:
+    changes = {"evaluate": {"suite": "tiny", "batch_size": 12}, "train": {"steps": 1}}
+    path = run_file(world, tmp_path, "once", **changes)
+    results = tmp_path / "once" / "eval" / "tiny-test" / "results.json"
+    assert cli("train", path)[0] == 0
+    first = json.loads(results.read_text())
+
+    found, said = measured("train", str(path), "--resume", folder=world)
+    assert (found["code"], found["torch"]) == (0, False)
+    assert found["seconds"] < 3
+    assert f"already done: {tmp_path / 'once' / 'final'}" in said
+    assert f"already done: {results}" in said
+    assert json.loads(results.read_text()) == first
+
+    results.unlink()  # what is missing is made up for
+    code, out, _ = cli("train", path, "--resume")
+    assert (code, f"already done: {tmp_path / 'once' / 'final'}" in out) == (0, True)
+    assert json.loads(results.read_text())["results"] == first["results"]
+
+    found, said = measured("train", str(path), "train.steps=2", "--resume", folder=world)
+    assert (found["code"], found["torch"]) == (2, False)
+    assert "in: train.steps (1 before, 2 now)" in said
+    assert "another name" in said and "--fresh" in said
+
+
+def test_an_evaluation_that_is_done_is_skipped_without_torch(cli: Cli, world: Path, tmp_path: Path) -> None:
+    command = [
+        "eval",
+        "--model",
+        "base",
+        "--tasks",
+        "tiny_text",
+        "--limit",
+        "3",
+        "--output_path",
+        str(tmp_path),
+    ]
+    assert cli(*command, "--log_samples", "--seed", 7)[0] == 0
+    assert json.loads((tmp_path / "results.json").read_text())["seed"] == 7
+    found, said = measured(*command, "--skip_done", folder=world)
+    assert (found["code"], found["torch"]) == (0, False)
+    assert found["seconds"] < 3
+    assert f"already done: {tmp_path / 'results.json'}" in said
+    assert "tiny_text" in said
+
+
+def test_a_score_says_its_split(cli: Cli) -> None:
+    assert json.loads(cli(*SCORE)[1])["split"] == "val"
+    assert json.loads(cli(*SCORE, "--split", "train")[1])["split"] == "train"
 
 
 # ---- The whole way --------------------------------------------------------------------------------------

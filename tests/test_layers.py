@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mmtune"
 ORDER = """
 core.errors core.files core.table core.config core.versions
 data.chat data.image data.samples data.batches data.cards data.tiny data.tiny_tokenizer
-parts.spec parts.loading parts.vision.base parts.vision.clip
+parts.spec parts.fingerprint parts.loading parts.vision.base parts.vision.clip
 parts.connector.base parts.connector.linear parts.connector.mlp
 parts.language parts.model
 tuning.base tuning.penalty tuning.frozen tuning.full tuning.lora tuning.sculpt
@@ -21,7 +21,7 @@ evaluation.metrics.base evaluation.metrics.vqa evaluation.metrics.iconqa evaluat
 evaluation.metrics.exact evaluation.metrics evaluation.score evaluation.protocol evaluation.generate
 evaluation.evaluate evaluation.forgetting evaluation.report
 run
-training.optim training.checkpoint training.meter training.loop
+training.folder training.optim training.checkpoint training.meter training.loop
 experiments.sweep
 cli
 """.split()

@@ -86,7 +86,15 @@ def test_stages_come_back_too(tmp_path: Path, run: dict[str, Any]) -> None:
 
 def test_the_hash_is_of_what_decides_the_result(tmp_path: Path, run: dict[str, Any]) -> None:
     base = config_hash(_read(tmp_path, run))
-    for same in ("name=other", "output=elsewhere", "evaluate.batch_size=1", "train.weight_decay=0.0"):
+    for same in (
+        "name=other",
+        "output=elsewhere",
+        "evaluate.batch_size=1",
+        "train.weight_decay=0.0",
+        "train.log_every=3",
+        "train.workers=2",
+        "train.checkpoint.every=7",
+    ):
         assert config_hash(_read(tmp_path, run, same)) == base
     for other in (
         "seed=4",
@@ -124,6 +132,11 @@ def test_the_hash_is_of_what_decides_the_result(tmp_path: Path, run: dict[str, A
         ("tune.language.prune_at=1.5", "tune.language.prune_at: expected a step"),
         ("tune.language.penalty.weight=-1", "tune.language.penalty.weight: expected 0 or more"),
         ("tune.connector.penalty.modules=pruned", "tune.connector.penalty.modules: nothing is pruned"),
+        ("tune.connector.penalty.modules=some", "expected one of all, pruned or a list, found 'some'"),
+        ("tune.connector.penalty.modules=[]", "tune.connector.penalty.modules: an empty list"),
+        ("evaluate.batch_size=0", "evaluate.batch_size: expected 1 or more, found 0"),
+        ("evaluate.limit=-1", "evaluate.limit: expected 1 or more, found -1"),
+        ("evaluate.dtype=float16", "evaluate.dtype: expected one of float32, bfloat16"),
         ("tune.vision.tuner=frozn", "Did you mean 'frozen'?"),
         ("model.vision.tower=clib", "Did you mean 'clip'?"),
         ("model.language=null", "neither 'base' nor 'language' is given"),

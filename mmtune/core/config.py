@@ -354,24 +354,13 @@ def to_dict(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def differences(before: Any, now: Any) -> list[str]:
-    """Each dotted key under which two trees of plain dicts and lists differ, with both its values."""
-    old, new = _leaves(before), _leaves(now)
-
-    def said(leaves: dict[str, Any], key: str) -> str:
-        return str(leaves[key]) if key in leaves else "not given"
-
-    same = {key for key in old.keys() & new.keys() if old[key] == new[key]}
-    changed = sorted((old.keys() | new.keys()) - same)
-    return [f"{key} ({said(old, key)} before, {said(new, key)} now)" for key in changed]
-
-
-def _leaves(tree: Any, key: str = "") -> dict[str, Any]:
+def leaves(tree: Any, key: str = "") -> dict[str, Any]:
+    """The plain values of a tree of dicts and lists, by dotted key: `data.0.card`."""
     if not isinstance(tree, (dict, list)) or not tree:
         return {key: tree}
     entries = tree.items() if isinstance(tree, dict) else enumerate(tree)
     return {
         name: leaf
         for inner, value in entries
-        for name, leaf in _leaves(value, f"{key}.{inner}" if key else str(inner)).items()
+        for name, leaf in leaves(value, f"{key}.{inner}" if key else str(inner)).items()
     }

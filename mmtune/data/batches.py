@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from mmtune.core.errors import Fault, UserError
-from mmtune.data.chat import IGNORE, IMAGE_ID, Chat
+from mmtune.data.chat import IGNORE, Chat
 from mmtune.data.image import ImageTransform, load_image
 from mmtune.data.samples import MOST_FAULTS, Sample
 
@@ -94,6 +94,25 @@ def encode_samples(
     return examples, skipped
 
 
+def check_pictures(examples: Sequence[Example]) -> None:
+    """Raises UserError with the first samples whose pictures are missing, before one of them is due."""
+    missing: dict[Path, str] = {}
+    known: set[Path] = set()
+    for example in examples:
+        for path in example.images:
+            if path not in known and not path.is_file():
+                missing[path] = example.id
+            known.add(path)
+    if missing:
+        faults = [
+            Fault(f"no such picture: {path}", f"sample {name}", "Is image_root right?")
+            for path, name in list(missing.items())[:MOST_FAULTS]
+        ]
+        if len(missing) > MOST_FAULTS:
+            faults.append(Fault(f"{len(missing)} of {len(known)} pictures are missing; these are the first"))
+        raise UserError.of(faults)
+
+
 def batch_order(examples: Sequence[Example], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The batches of an epoch as lists of indices: a function of its arguments alone, so a run can resume.
 
@@ -143,6 +162,16 @@ def collate(examples: Sequence[Example], transform: ImageTransform, pad_id: int)
     return batch
 
 
+def collate_or_error(
+    examples: Sequence[Example], transform: ImageTransform, pad_id: int
+) -> Batch | UserError:
+    """`collate` for a worker process: what is raised there would come back as the text of a traceback."""
+    try:
+        return collate(examples, transform, pad_id)
+    except UserError as error:
+        return error
+
+
 def pad(rows: Sequence[np.ndarray | list[int]], pad_id: int, left: bool) -> Batch:
     """Rows of ids as one batch without pictures or labels."""
     width = max(len(row) for row in rows)
@@ -160,6 +189,3 @@ def load_images(paths: Sequence[Path], transform: ImageTransform) -> torch.Tenso
     if not paths:
         return torch.empty(0, 3, transform.size, transform.size, dtype=torch.uint8)
     return torch.from_numpy(np.stack([transform(load_image(path)) for path in paths]))
-
-
-__all__ = ["IMAGE_ID", "Batch", "Example", "batch_order", "collate", "encode_samples", "load_images", "pad"]

@@ -1,11 +1,14 @@
-"""A model on a list of tasks: generates, scores, and writes results that say how they were made."""
+"""A model on a list of tasks: generates, scores, and writes results that say how they were made.
+
+Torch is imported only once there is something to generate.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +16,68 @@ from rich.console import Console
 from rich.table import Table
 
 from mmtune.core.config import to_dict
-from mmtune.core.files import write_json, write_text
+from mmtune.core.errors import UserError
+from mmtune.core.files import read_json, write_json, write_text
 from mmtune.core.versions import versions
-from mmtune.evaluation.generate import best_device, generate_answers
+from mmtune.evaluation.metrics.base import some
 from mmtune.evaluation.protocol import load_protocol
 from mmtune.evaluation.score import score_predictions
-from mmtune.parts.model import VisionLanguageModel
+from mmtune.parts.fingerprint import model_hash
 
 
 def evaluate(
     model_folder: Path,
     tasks: Sequence[str],
     output: Path,
-    split: str = "test",
+    split: str | None = None,
     batch_size: int = 32,
     limit: int | None = None,
     root: Path | None = None,
     max_new_tokens: int | None = None,
     dtype: str = "float32",
+    seed: int = 0,
     predict_only: bool = False,
+    skip_done: bool = False,
 ) -> dict[str, Any]:
     """Writes `results.json` and, for each task, `samples_TASK.jsonl` (or only the answers) to `output`.
 
-    Every annotation file is read before the model is loaded. limit: the first so many questions of each
-    task; said in the results. Raises UserError.
+    Every annotation file is read before the model is loaded. split: of every task; by default each has its
+    own reporting split. limit: the first so many questions of each task. seed: stamped, no more, for
+    decoding is greedy. skip_done: where `output` holds these results of this very model already, they are
+    returned. Raises UserError.
     """
+    twice = sorted({task for task in tasks if list(tasks).count(task) > 1})
+    if twice:
+        raise UserError(f"tasks are given twice: {some(twice)}", mend="Name each task once.")
     protocols = [load_protocol(task) for task in tasks]
     asked = [(protocol, *protocol.questions(split, root)) for protocol in protocols]
-    model = VisionLanguageModel.from_pretrained(model_folder, dtype=dtype).to(best_device())
     results: dict[str, Any] = {}
+    made: dict[str, Any] = {
+        "results": results,
+        "configs": {p.task: {**to_dict(p), "hash": p.hash} for p in protocols},
+        "data": {p.task: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for p, _, file in asked},
+        "model": str(model_folder),
+        "model_hash": model_hash(model_folder),
+        "split": split or "test",
+        "splits": {p.task: split or p.report_split for p in protocols},
+        "limit": limit,
+        "batch_size": batch_size,
+        "padding": "left",
+        "decoding": {"greedy": True, "max_new_tokens": max_new_tokens or "as the protocol says"},
+        "precision": dtype,
+        "seed": seed,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
+    earlier = _finished(output, made) if skip_done and not predict_only else None
+    if earlier is not None:
+        print(f"already done: {output / 'results.json'}")
+        return earlier
+
+    from mmtune.evaluation.generate import best_device, generate_answers
+    from mmtune.parts.model import VisionLanguageModel
+
+    model = VisionLanguageModel.from_pretrained(model_folder, dtype=dtype).to(best_device())
     for protocol, questions, _ in asked:
         questions = questions[:limit]
         images = (root or protocol.root) / protocol.images
@@ -61,32 +97,46 @@ def evaluate(
             ]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text(output / f"samples_{protocol.task}.jsonl", lines)
-    made = {
-        "results": results,
-        "configs": {p.task: {**to_dict(p), "hash": p.hash} for p in protocols},
-        "data": {p.task: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for p, _, file in asked},
-        "model": str(model_folder),
-        "split": split,
-        "limit": limit,
-        "batch_size": batch_size,
-        "padding": "left",
-        "decoding": {"greedy": True, "max_new_tokens": max_new_tokens or "as the protocol says"},
-        "precision": dtype,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(),
-    }
     if not predict_only:
         write_json(output / "results.json", made)
     return made
 
 
+def _finished(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The results that lie in `output`, where all that decides them is as wanted."""
+    samples = [output / f"samples_{task}.jsonl" for task in wanted["configs"]]
+    if not all(path.is_file() for path in (output / "results.json", *samples)):
+        return None
+    found: dict[str, Any] = read_json(output / "results.json")
+    hashes = [{task: config["hash"] for task, config in each["configs"].items()} for each in (found, wanted)]
+    decides = ("model_hash", "data", "splits", "limit", "decoding", "precision")
+    same = hashes[0] == hashes[1] and all(found.get(key) == wanted[key] for key in decides)
+    return found if same else None
+
+
 def print_results(made: dict[str, Any], console: Console) -> None:
     """A line per task: score, standard error, how it was scored, how many questions."""
-    table = Table(title=f"{made['model']}, {made['split']} split")
-    for heading in ("task", "score", "stderr", "rule", "questions", "missing"):
-        table.add_column(heading, justify="left" if heading in ("task", "rule") else "right")
+    table = Table(title=made["model"])
+    for heading in ("task", "split", "score", "stderr", "rule", "questions", "missing"):
+        table.add_column(heading, justify="left" if heading in ("task", "split", "rule") else "right")
     for task, result in made["results"].items():
         stderr = "-" if result["stderr"] is None else f"{result['stderr']:.2f}"
         counts = str(result["n"]), str(result["missing"])
-        table.add_row(task, f"{result['score']:.2f}", stderr, result["rule"], *counts)
+        table.add_row(task, made["splits"][task], f"{result['score']:.2f}", stderr, result["rule"], *counts)
     console.print(table)
+
+
+def parse_gen_kwargs(text: str) -> int | None:
+    """`max_new_tokens=N`, as lm-eval writes it. Decoding is greedy, so `temperature=0` is accepted too."""
+    tokens = None
+    for entry in filter(None, text.split(",")):
+        name, _, value = entry.partition("=")
+        if name == "max_new_tokens" and value.isdigit() and int(value) > 0:
+            tokens = int(value)
+        elif not (name == "temperature" and value in ("0", "0.0")):
+            raise UserError(
+                f"'{entry}' is not understood",
+                where="--gen_kwargs",
+                mend="Decoding is greedy: temperature=0 and max_new_tokens=N are what can be said.",
+            )
+    return tokens

@@ -48,7 +48,11 @@ class Evaluation:
     """Task -> hash of its protocol."""
     data: dict[str, str]
     """Task -> hash of its annotation file."""
-    split: str
+    splits: dict[str, str]
+    """Task -> the split its questions are from."""
+    model_hash: str
+    model: str
+    """Which model it was, by the hash of its folder and by name."""
     made_with: dict[str, Any]
     """versions, precision, batch_size, padding: what may move a score without making it another one."""
     limit: int | None
@@ -62,7 +66,9 @@ def read_evaluation(folder: Path, tasks: Sequence[str]) -> Evaluation:
     results = read_json(path)
     if not isinstance(results, dict):
         raise UserError(f"expected an object, found {type(results).__name__}", where=path)
-    rows, configs, data = (field(results, key, dict, str(path)) for key in ("results", "configs", "data"))
+    rows, configs, data, splits = (
+        field(results, key, dict, str(path)) for key in ("results", "configs", "data", "splits")
+    )
     absent = [task for task in tasks if task not in rows]
     if absent:
         raise UserError(
@@ -83,7 +89,9 @@ def read_evaluation(folder: Path, tasks: Sequence[str]) -> Evaluation:
         answers=answers,
         protocols=protocols,
         data=hashes,
-        split=field(results, "split", str, str(path)),
+        splits={task: field(splits, task, str, f"{path}, splits") for task in tasks},
+        model_hash=field(results, "model_hash", str, str(path)),
+        model=field(results, "model", str, str(path)),
         made_with={key: results.get(key) for key in ("versions", "precision", "batch_size", "padding")},
         limit=results.get("limit"),
         decoding=results.get("decoding", {}),
@@ -128,18 +136,16 @@ def _points(scores: Iterable[float]) -> float:
 def check_comparable(base: Evaluation, others: Mapping[str, Evaluation]) -> None:
     """Raises UserError, with every difference, unless all scores were made as the base's were.
 
-    The same split and decoding, and for each task the same rule, protocol (its hash) and
-    questions (the annotation file's hash, and how many of them).
+    The same decoding, and for each task the same split, rule, protocol (its hash) and questions (the
+    annotation file's hash, and how many of them).
     """
     faults = []
     for name, other in others.items():
-        differences: list[tuple[str, str, Any, Any]] = [
-            ("", "split", base.split, other.split),
-            ("", "decoding", base.decoding, other.decoding),
-        ]
+        differences: list[tuple[str, str, Any, Any]] = [("", "decoding", base.decoding, other.decoding)]
         for task, mine in base.scores.items():
             its = other.scores[task]
             differences += [
+                (f"{task}: ", "split", base.splits[task], other.splits[task]),
                 (f"{task}: ", "rule", mine["rule"], its["rule"]),
                 (f"{task}: ", "protocol", base.protocols[task], other.protocols[task]),
                 (f"{task}: ", "annotation file", base.data[task], other.data[task]),

@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mmtune.core.errors import UserError
 from mmtune.data.batches import load_images, pad
 from mmtune.evaluation.metrics.base import Question
 from mmtune.evaluation.protocol import Protocol
@@ -57,19 +56,3 @@ def generate_answers(
 def best_device() -> torch.device:
     """The accelerator where there is one, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def parse_gen_kwargs(text: str) -> int | None:
-    """`max_new_tokens=N`, as lm-eval writes it. Decoding is greedy, so `temperature=0` is accepted too."""
-    tokens = None
-    for entry in filter(None, text.split(",")):
-        name, _, value = entry.partition("=")
-        if name == "max_new_tokens" and value.isdigit() and int(value) > 0:
-            tokens = int(value)
-        elif not (name == "temperature" and value in ("0", "0.0")):
-            raise UserError(
-                f"'{entry}' is not understood",
-                where="--gen_kwargs",
-                mend="Decoding is greedy: temperature=0 and max_new_tokens=N are what can be said.",
-            )
-    return tokens

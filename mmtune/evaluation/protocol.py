@@ -81,8 +81,12 @@ class Protocol:
         }
         return replace(self, options=filled)
 
-    def questions(self, split: str, root: Path | None = None) -> tuple[list[Question], Path]:
-        """The questions of a split and the file they come from. Raises UserError where it is missing."""
+    def questions(self, split: str | None = None, root: Path | None = None) -> tuple[list[Question], Path]:
+        """The questions of a split, the reporting one by default, and the file they come from.
+
+        Raises UserError where it is missing.
+        """
+        split = split or self.report_split
         file = (root or self.root) / self.for_split(split).annotations[split]
         if not file.is_file():
             mend = "mmtune data prepare tiny makes the tiny world." if self.task.startswith("tiny_") else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,24 +42,29 @@ if TYPE_CHECKING:
     from mmtune.evaluation.protocol import Suite
 
 
-def make_report(base: Path, runs: Sequence[Path], suite: Suite, split: str, output: Path) -> dict[str, Any]:
+def make_report(
+    base: Path, runs: Sequence[Path], suite: Suite, split: str | None, output: Path
+) -> dict[str, Any]:
     """Compares finished runs with their base on a suite; writes report.json and frontier.png to `output`.
 
-    `base` and each run hold their evaluation under eval/SUITE-SPLIT. Raises UserError for evaluations
-    that are missing (with the commands that make them) or cannot be compared, and for the same run twice.
+    `base` and each run hold their evaluation under eval/SUITE-SPLIT (see Suite.folder). Raises UserError
+    for evaluations that are missing (with the commands that make them) or cannot be compared, for runs that
+    started from another model than the base, and for the same run twice.
     """
     names = [run.resolve().name for run in runs]
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise UserError(f"several runs of one name: {', '.join(twice)}", mend="Rename one of the folders.")
     _check_complete(base, runs, suite, split)
-    tasks = [*suite.source, *suite.target]
-    place = Path("eval") / f"{suite.name}-{split}"
-    baseline = read_evaluation(base / place, tasks)
-    evaluations = {name: read_evaluation(run / place, tasks) for name, run in zip(names, runs, strict=True)}
+    place = suite.folder(split)
+    baseline = read_evaluation(base / place, suite.tasks)
+    evaluations = {
+        name: read_evaluation(run / place, suite.tasks) for name, run in zip(names, runs, strict=True)
+    }
     check_comparable(baseline, evaluations)
     configs = {name: _read_config(run) for name, run in zip(names, runs, strict=True)}
     trained = {name: read_json(run / "final" / "trained.json") for name, run in zip(names, runs, strict=True)}
+    _check_models(baseline, evaluations, trained)
     hashes = {
         key: {name: field(trained[name], key, str, f"{name}/final/trained.json") for name in names}
         for key in ("config", "data")
@@ -80,18 +84,19 @@ def make_report(base: Path, runs: Sequence[Path], suite: Suite, split: str, outp
         "base": _model_row(_name_of(base), baseline, suite),
         "runs": list(rows.values()),
         "groups": groups,
-        "warnings": _warnings(baseline, evaluations),
+        "warnings": _warnings(baseline, evaluations, trained),
         "files": {name: str(output / name) for name in ("report.json", "frontier.png")},
         "made_with": {
             "suite": suite.name,
-            "split": baseline.split,
+            "split": split or "test",
+            "splits": baseline.splits,
             "source": list(suite.source),
             "target": list(suite.target),
             **baseline.made_with,
             "protocols": baseline.protocols,
             "annotations": baseline.data,
             **hashes,
-            "commit": _commit(),
+            "commit": {name: trained[name].get("commit") for name in names},
         },
     }
     write_json(output / "report.json", report)
@@ -99,9 +104,9 @@ def make_report(base: Path, runs: Sequence[Path], suite: Suite, split: str, outp
     return report
 
 
-def _check_complete(base: Path, runs: Sequence[Path], suite: Suite, split: str) -> None:
+def _check_complete(base: Path, runs: Sequence[Path], suite: Suite, split: str | None) -> None:
     faults = []
-    place = Path("eval") / f"{suite.name}-{split}"
+    place = suite.folder(split)
     for folder in (base, *runs):
         if folder is not base and not (folder / "final" / "trained.json").is_file():
             faults.append(
@@ -114,9 +119,36 @@ def _check_complete(base: Path, runs: Sequence[Path], suite: Suite, split: str) 
         elif not (folder / place / "results.json").is_file():
             model = folder / "final" if (folder / "final").is_dir() else folder
             command = f"mmtune eval --model {model} --suite {suite.name} --output_path {folder / place}"
-            command += "" if split == "test" else f" --split {split}"  # eval's own default is test
-            what = f"it is not evaluated on suite {suite.name}, split {split}"
+            command += f" --split {split}" if split not in (None, "test") else ""
+            what = f"there is no {place / 'results.json'}: it is not evaluated on suite {suite.name}"
             faults.append(Fault(what, str(folder), f"Run: {command}"))
+    if faults:
+        raise UserError.of(faults)
+
+
+def _check_models(
+    base: Evaluation, runs: Mapping[str, Evaluation], trained: Mapping[str, dict[str, Any]]
+) -> None:
+    """Raises UserError for a run that started from another model than the base, or has scores of another."""
+    faults = []
+    for name, run in runs.items():
+        start, end = trained[name].get("base"), trained[name].get("model_hash")
+        if start not in (None, base.model_hash):
+            faults.append(
+                Fault(
+                    f"it started from model {start}, but the base is model {base.model_hash} ({base.model})",
+                    name,
+                    "Give --base the evaluation of the model that the run started from.",
+                )
+            )
+        if end not in (None, run.model_hash):
+            faults.append(
+                Fault(
+                    f"its final model is {end}, but {run.model_hash} ({run.model}) was evaluated",
+                    name,
+                    "Evaluate the run again.",
+                )
+            )
     if faults:
         raise UserError.of(faults)
 
@@ -145,20 +177,6 @@ def _last_densities(metrics: Path) -> dict[str, float]:
         return {}
     lines = [line for _, line in read_jsonl(metrics)]
     return {key: value for line in lines for key, value in line.items() if key.startswith("density")}
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that mmtune runs from; None where it is installed, or git is not."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # an installed package may lie inside somebody else's repository
-        return None
-    try:
-        asked = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return asked.stdout.strip() or None
 
 
 def _model_row(name: str, evaluation: Evaluation, suite: Suite) -> dict[str, Any]:
@@ -211,8 +229,14 @@ def _group_row(
     return group
 
 
-def _warnings(base: Evaluation, runs: Mapping[str, Evaluation]) -> list[str]:
-    warnings = []
+def _warnings(
+    base: Evaluation, runs: Mapping[str, Evaluation], trained: Mapping[str, dict[str, Any]]
+) -> list[str]:
+    warnings = [
+        f"{name} started from no saved model as a whole, so the base cannot be checked"
+        for name in runs
+        if trained[name].get("base") is None
+    ]
     if base.limit is not None:
         warnings.append(f"only the first {base.limit} questions of each task were asked")
     for name, evaluation in {"base": base, **runs}.items():
@@ -242,7 +266,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
-        title=f"Gained and forgotten, suite {made['suite']}, split {made['split']} (points)",
+        title=f"Gained and forgotten, suite {made['suite']}, {_splits(made, short)} (points)",
         title_justify="left",
         title_style="bold",
     )
@@ -276,6 +300,14 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     for warning in report["warnings"]:
         console.print(Text(f"WARNING: {warning}", style="bold yellow"))
     console.print(Text("Written: " + ", ".join(report["files"].values())), soft_wrap=True)
+
+
+def _splits(made: Mapping[str, Any], short: Mapping[str, str]) -> str:
+    """The split that was asked, or each task's own where they differ."""
+    splits = made["splits"]
+    if len(set(splits.values())) == 1:
+        return f"split {next(iter(splits.values()))}"
+    return "splits " + ", ".join(f"{short[task]} {split}" for task, split in splits.items())
 
 
 def _short_names(names: Sequence[str]) -> dict[str, str]:
@@ -314,7 +346,7 @@ def _notes(report: dict[str, Any], short: Mapping[str, str]) -> list[Text]:
         notes.append("± SD, seeds: between trainings that differ in the seed alone; nothing about questions.")
     if any(len(group["seeds"]) == 1 for group in report["groups"]):
         notes.append("Without an SD: a single seed, so how far another seed would fall from it is unknown.")
-    notes.append(f"Base: {scored}. Split {made['split']}; predictions missing, all models: {missing}.")
+    notes.append(f"Base: {scored}; predictions missing, all models: {missing}.")
     return [Text(note) for note in notes]
 
 

@@ -58,24 +58,34 @@ def read_sweep(path: Path, overrides: list[str] | None = None) -> tuple[SweepOpt
 
 
 def run_sweep(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Trains and evaluates what is not finished yet. Returns the report, with `best`: a name."""
+    """Trains and evaluates what is not finished yet. Returns the report, with `best`: a name.
+
+    Raises UserError where the folder of a run holds another run than the sweep asks for.
+    """
     from mmtune.evaluation.evaluate import evaluate
     from mmtune.evaluation.protocol import load_suite
     from mmtune.evaluation.report import make_report
-    from mmtune.training.loop import train
+    from mmtune.training.folder import open_run
 
     options, runs = read_sweep(path, overrides)
     suite = load_suite(options.suite)
-    tasks = [*suite.source, *suite.target]
     folder = options.output / options.name
-    evaluation = Path("eval") / f"{suite.name}-{options.split}"
     base = folder / "base"
-    places = [(options.base, base), *((run.folder / "final", run.folder) for run in runs)]
-    for model, place in places:
-        if place != base and not (model / "config.json").is_file():
-            train(next(run for run in runs if run.folder == place), resume=place.exists())
-        if not (place / evaluation / "results.json").is_file():
-            evaluate(model, tasks, place / evaluation, split=options.split)
+    finished = [
+        open_run(run, resume=True) for run in runs
+    ]  # what cannot go on is said before anything trains
+
+    def score(model: Path, place: Path) -> None:
+        output = place / suite.folder(options.split)
+        evaluate(model, suite.tasks, output, split=options.split, skip_done=True)
+
+    score(options.base, base)
+    for run, done in zip(runs, finished, strict=True):
+        if not done:
+            from mmtune.training.loop import train
+
+            train(run, resume=True)
+        score(run.folder / "final", run.folder)
     report = make_report(base, [run.folder for run in runs], suite, options.split, folder / "report")
     best = max(report["runs"], key=lambda run: run[options.choose])
     return {**report, "best": best["name"]}

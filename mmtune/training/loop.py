@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
@@ -21,17 +19,18 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from mmtune.core.config import to_dict
 from mmtune.core.errors import UserError
-from mmtune.core.files import read_json, write_json, write_text
-from mmtune.core.versions import versions
-from mmtune.data.batches import Batch, Example, batch_order, collate, encode_samples
+from mmtune.core.files import read_json, write_json
+from mmtune.core.versions import commit, versions
+from mmtune.data.batches import Batch, Example, batch_order, check_pictures, collate_or_error, encode_samples
 from mmtune.data.chat import IGNORE
 from mmtune.data.samples import image_first, read_llava
+from mmtune.parts.fingerprint import model_hash, start_hash
 from mmtune.parts.model import VisionLanguageModel, assemble
 from mmtune.parts.spec import PARTS, ModelOptions
-from mmtune.run import RunOptions, Stage, config_hash
+from mmtune.run import RunOptions, Stage, config_hash, data_hash
 from mmtune.training.checkpoint import cut_metrics, load_checkpoint, newest, prune_old, save_checkpoint
+from mmtune.training.folder import check_origin, done_folders, open_run
 from mmtune.training.meter import Meter
 from mmtune.training.optim import make_optimizer, schedule_factor, set_rates
 from mmtune.tuning.base import Row, Tuner
@@ -41,22 +40,19 @@ def train(options: RunOptions, resume: bool = False) -> Path:
     """Runs every stage and returns the folder of the final model.
 
     Each stage ends as a model folder from which the next one starts. Raises UserError where the run's
-    folder already holds a run and `resume` is not given, or a resumed run's config has changed.
+    folder already holds a run and `resume` is not given, or holds another run than this one.
     """
-    folder = options.folder
-    _open_folder(options, resume)
-    stages = options.all_stages()
+    open_run(options, resume)
     base: ModelOptions = options.model
     first_step = 0
-    for number, stage in enumerate(stages, start=1):
-        last = number == len(stages)
-        done = folder / "final" if last else folder / f"stage-{number}"
-        if (done / "config.json").is_file():
+    folders = done_folders(options)
+    for number, (stage, done) in enumerate(zip(options.all_stages(), folders, strict=True), start=1):
+        if (done / "trained.json").is_file():
             first_step = read_json(done / "trained.json")["step"]
         else:
             first_step = _train_stage(options, number, stage, base, first_step, done)
         base = ModelOptions(base=str(done), dtype=options.model.dtype, attention=options.model.attention)
-    return folder / "final"
+    return folders[-1]
 
 
 def _train_stage(
@@ -84,40 +80,42 @@ def _train_stage(
         for part in (model.vision, model.language):
             part.hf.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[union-attr,operator]
 
-    examples, data_hash = _read_examples(model, stage)
+    examples = _read_examples(model, stage)
     plan = _plan(examples, stage, options.seed)
     steps = len(plan)
     for tuner in tuners.values():
         tuner.start(steps)
 
     optimizer = make_optimizer(model, rates, settings.weight_decay)
+    state: dict[str, Any] = {
+        "stage": number,
+        "config": config_hash(options),
+        "data": data_hash(stage.data),
+        "base": start_hash(options.model),
+        "versions": versions(),
+        "commit": commit(),
+    }
     start = 0
     checkpoints = folder / "checkpoints"
     found = newest(checkpoints)
     if found is not None and read_json(found / "training/state.json")["stage"] == number:
         saved = load_checkpoint(found, model, optimizer, tuners)
-        if saved["data"] != data_hash:
-            raise UserError(
-                "the training data is not what this run was started with",
-                where=found,
-                mend="Put the files back, or start a run of another name.",
-            )
+        check_origin(options, state["data"], saved, found)
         start = saved["stage_step"]
     cut_metrics(folder / "metrics.jsonl", first_step + start)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     model.train()
-    state = {"stage": number, "config": config_hash(options), "data": data_hash, "versions": versions()}
 
     # The loader runs ahead of the steps; the plan says which samples make up which step.
-    loader: DataLoader[Batch] = DataLoader(
+    loader: DataLoader[Batch | UserError] = DataLoader(
         examples,  # type: ignore[arg-type]
         batch_sampler=[micro for step in plan[start:] for micro in step],
-        collate_fn=partial(collate, transform=model.transform, pad_id=model.language.pad_id),
+        collate_fn=partial(collate_or_error, transform=model.transform, pad_id=model.language.pad_id),
         num_workers=settings.workers,
         # Its own: from the global one a resumed run would draw a seed that the first run did not.
         generator=torch.Generator(),
     )
-    batches = iter(loader)
+    batches: Iterator[Any] = map(_whole, loader)
     label = (
         options.name
         if len(options.all_stages()) == 1
@@ -182,30 +180,6 @@ def _train_stage(
     return first_step + steps
 
 
-def _open_folder(options: RunOptions, resume: bool) -> None:
-    folder, described = options.folder, to_dict(options)
-    saved = folder / "run.yaml"
-    # A run that was stopped before its first step, by a mistake in its config for example, is none.
-    if not saved.is_file() or not (folder / "metrics.jsonl").is_file():
-        write_text(saved, yaml.safe_dump(described, sort_keys=False))
-        return
-    if not resume:
-        raise UserError(
-            "this folder already holds a run",
-            where=folder,
-            mend="Go on with --resume, or give it another name, or remove the folder.",
-        )
-    before = yaml.safe_load(saved.read_text())
-    changed = sorted(key for key in before.keys() | described.keys() if before.get(key) != described.get(key))
-    changed = [key for key in changed if key != "evaluate"]
-    if changed:
-        raise UserError(
-            f"the config differs from the one this run was started with, in: {', '.join(changed)}",
-            where=saved,
-            mend="Resume with the same config, or start a run of another name.",
-        )
-
-
 def _attach(
     model: VisionLanguageModel, tuners: dict[str, Tuner], folder: Path, number: int
 ) -> dict[str, float]:
@@ -240,18 +214,24 @@ def print_tuning_table(rows: list[Row]) -> None:
     Console(stderr=True).print(table)
 
 
-def _read_examples(model: VisionLanguageModel, stage: Stage) -> tuple[list[Example], str]:
-    """The stage's examples, and a hash of the files they come from."""
-    samples, digest = [], hashlib.sha256()
+def _read_examples(model: VisionLanguageModel, stage: Stage) -> list[Example]:
+    samples = []
     for data in stage.data:
         read = read_llava(data.file(), data.images(), data.limit)
         samples += [image_first(sample) for sample in read] if data.image_first else read
-        digest.update(data.file().read_bytes())
     examples, skipped = encode_samples(samples, model.chat, stage.train.max_length, stage.train.too_long)
     if skipped:
         named = ", ".join(skipped[:10]) + (" ..." if len(skipped) > 10 else "")
         Console(stderr=True).print(f"{len(skipped)} of {len(samples)} samples skipped as too long: {named}")
-    return examples, digest.hexdigest()[:16]
+    check_pictures(examples)
+    return examples
+
+
+def _whole(made: Batch | UserError) -> Batch:
+    """A batch from the loader; what went wrong in a worker is raised here."""
+    if isinstance(made, UserError):
+        raise made
+    return made
 
 
 def _plan(examples: list[Example], stage: Stage, seed: int) -> list[list[list[int]]]:
@@ -292,5 +272,5 @@ def _save_model(model: VisionLanguageModel, folder: Path, trained: dict[str, Any
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
-    write_json(partial / "trained.json", trained)
+    write_json(partial / "trained.json", {**trained, "model_hash": model_hash(partial)})
     partial.rename(folder)

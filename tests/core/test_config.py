@@ -14,7 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtune.core.config import Source, chosen_by, differences, parse, parse_named, to_dict
+from mmtune.core.config import Source, chosen_by, leaves, parse, parse_named, to_dict
 from mmtune.core.errors import UserError
 from mmtune.core.table import Table
 
@@ -377,24 +377,18 @@ def test_to_dict_is_plain() -> None:
     assert math.isclose(made["rate"], 0.1)
 
 
-# --- two of them ---------------------------------------------------------------------------------------
-
-
-def test_differences_are_named_with_both_values() -> None:
-    before = {
+def test_leaves_by_their_dotted_keys() -> None:
+    tree = {"seed": 0, "data": [{"path": "a"}, {"path": "b"}], "tune": {"lr": 1e-3, "targets": []}}
+    assert leaves(tree) == {
         "seed": 0,
-        "data": [{"path": "a"}, {"path": "b"}],
-        "tune": {"lr": 1e-3, "penalty": {"omega": 1}},
+        "data.0.path": "a",
+        "data.1.path": "b",
+        "tune.lr": 1e-3,
+        "tune.targets": [],
     }
-    now = {"seed": 0, "data": [{"path": "a"}, {"path": "c"}, {"path": "d"}], "tune": {"lr": 1e-4, "rank": 2}}
-    assert differences(before, before) == []
-    assert differences(before, now) == [
-        "data.1.path (b before, c now)",
-        "data.2.path (not given before, d now)",
-        "tune.lr (0.001 before, 0.0001 now)",
-        "tune.penalty.omega (1 before, not given now)",
-        "tune.rank (not given before, 2 now)",
-    ]
+
+
+# --- files by name -------------------------------------------------------------------------------------
 
 
 def test_a_named_file_must_bear_its_name(tmp_path: Path) -> None:

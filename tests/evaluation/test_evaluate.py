@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from rich.console import Console
 
 from mmtune.cli import main
 from mmtune.core.errors import UserError
-from mmtune.evaluation.evaluate import evaluate, print_results
+from mmtune.evaluation.evaluate import evaluate, parse_gen_kwargs, print_results
 from mmtune.evaluation.metrics.base import Question
-from mmtune.evaluation.protocol import load_protocol
+from mmtune.evaluation.protocol import Protocol, load_protocol
+from mmtune.parts.fingerprint import model_hash
 
 TASKS = ["tiny_reading", "tiny_colour", "tiny_text", "tiny_iconqa"]
 
@@ -33,10 +35,11 @@ def place(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_batch_size_changes_no_answer(place: Path) -> None:
     made = {size: evaluate(Path("base"), TASKS, place / str(size), batch_size=size) for size in (1, 3, 16)}
+    said = {row["prediction"] for task in TASKS for row in samples(place / "1", task)}
+    assert len(said) > 8  # a model that always says the same would prove nothing
     for task in TASKS:
         alone = samples(place / "1", task)
         assert len(alone) == 12
-        assert len({row["prediction"] for row in alone}) > 3
         for size in (3, 16):
             assert samples(place / str(size), task) == alone
             assert made[size]["results"][task] == made[1]["results"][task]
@@ -57,6 +60,8 @@ def test_results_say_how_they_were_made(place: Path) -> None:
         assert len(made["data"][task]) == 16
     assert (made["batch_size"], made["padding"], made["precision"]) == (8, "left", "float32")
     assert (made["model"], made["split"], made["limit"]) == ("base", "test", None)
+    assert (made["model_hash"], made["seed"]) == (model_hash(Path("base")), 0)
+    assert made["splits"] == dict.fromkeys(TASKS, "test")
     assert {"torch", "transformers", "peft", "mmtune"} <= made["versions"].keys()
 
 
@@ -97,7 +102,7 @@ def test_answers_alone_can_be_scored_to_the_same(
     def half_right(model: object, protocol: object, questions: list[Question], *_: object) -> dict[str, str]:
         return {q.id: q.answers[0] if i % 2 else "nothing" for i, q in enumerate(questions)}
 
-    monkeypatch.setattr("mmtune.evaluation.evaluate.generate_answers", half_right)
+    monkeypatch.setattr("mmtune.evaluation.generate.generate_answers", half_right)
     evaluated = evaluate(Path("base"), TASKS, place / "scored")
     evaluate(Path("base"), TASKS, place / "answers", predict_only=True)
     assert not (place / "answers" / "results.json").exists()
@@ -114,9 +119,81 @@ def test_answers_alone_can_be_scored_to_the_same(
         capsys.readouterr()
         assert main([*arguments, "--annotations", f"datasets/tiny/{file}"]) == 0
         said = json.loads(capsys.readouterr().out)
-        assert said.pop("task") == task
+        assert (said.pop("task"), said.pop("split")) == (task, "test")
         assert said == evaluated["results"][task]
         assert 0 < said["score"] < 100
+
+
+def no_model(*_: object, **__: object) -> None:
+    raise AssertionError("the model was loaded")
+
+
+def test_what_is_done_is_skipped(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = evaluate(Path("base"), ["tiny_text"], place, limit=3, skip_done=True)
+    monkeypatch.setattr("mmtune.parts.model.VisionLanguageModel.from_pretrained", no_model)
+    assert evaluate(Path("base"), ["tiny_text"], place, limit=3, batch_size=2, skip_done=True) == made
+    assert f"already done: {place / 'results.json'}" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match="was loaded"):
+        evaluate(Path("base"), ["tiny_text"], place, limit=3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"limit": 2},
+        {"split": "val"},
+        {"dtype": "bfloat16"},
+        {"max_new_tokens": 3},
+        {"tasks": ["tiny_text", "tiny_colour"]},
+        {"protocol": "other"},
+        {"data": "other"},
+        {"model": "other"},
+        {"samples": "gone"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_was_made_otherwise_is_made_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    asked: dict[str, Any] = {"tasks": ["tiny_text"], "limit": 3}
+    evaluate(Path("base"), output=place, **asked)
+    results = json.loads((place / "results.json").read_text())
+    stale: dict[str, dict[str, Any]] = {
+        "protocol": {"configs": {"tiny_text": {"hash": "another"}}},
+        "data": {"data": {"tiny_text": "another"}},
+        "model": {"model_hash": "another"},
+    }
+    (kind,) = changes
+    if kind in stale:
+        (place / "results.json").write_text(json.dumps({**results, **stale[kind]}))
+    elif kind == "samples":
+        (place / "samples_tiny_text.jsonl").unlink()
+    else:
+        asked |= changes
+    monkeypatch.setattr("mmtune.parts.model.VisionLanguageModel.from_pretrained", no_model)
+    with pytest.raises(AssertionError, match="was loaded"):
+        evaluate(Path("base"), output=place, skip_done=True, **asked)
+
+
+def test_each_task_on_its_own_reporting_split(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"tiny_text": "val", "tiny_colour": "test"}
+
+    def load(task: str) -> Protocol:
+        return replace(load_protocol(task), report_split=own[task])
+
+    monkeypatch.setattr("mmtune.evaluation.evaluate.load_protocol", load)
+    made = evaluate(Path("base"), list(own), place)
+    assert made["splits"] == own
+    assert [made["results"][task]["n"] for task in own] == [5, 12]
+    made = evaluate(Path("base"), list(own), place, split="val")
+    assert made["splits"] == dict.fromkeys(own, "val")
+
+
+def test_a_task_given_twice(place: Path) -> None:
+    with pytest.raises(UserError, match="given twice: tiny_text"):
+        evaluate(Path("base"), ["tiny_text", "tiny_colour", "tiny_text"], place)
 
 
 def test_the_annotations_are_read_before_the_model(place: Path) -> None:
@@ -136,3 +213,20 @@ def test_the_table_has_a_line_per_task(place: Path) -> None:
         (line,) = [line for line in printed.splitlines() if task in line]
         assert f"{made['results'][task]['score']:.2f}" in line
         assert made["results"][task]["rule"] in line
+
+
+def test_gen_kwargs() -> None:
+    assert parse_gen_kwargs("") is None
+    assert parse_gen_kwargs("temperature=0") is None
+    assert parse_gen_kwargs("max_new_tokens=5,temperature=0.0") == 5
+    for text in (
+        "max_new_tokens=0",
+        "max_new_tokens=-1",
+        "max_new_tokens",
+        "temperature=0.7",
+        "top_p=1",
+        "x",
+    ):
+        with pytest.raises(UserError, match="is not understood") as caught:
+            parse_gen_kwargs(text)
+        assert "--gen_kwargs" in str(caught.value)

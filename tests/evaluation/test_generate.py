@@ -7,7 +7,7 @@ import torch
 
 from mmtune.core.errors import UserError
 from mmtune.data.image import load_image
-from mmtune.evaluation.generate import generate_answers, parse_gen_kwargs
+from mmtune.evaluation.generate import generate_answers
 from mmtune.evaluation.protocol import load_protocol
 from mmtune.parts import VisionLanguageModel
 
@@ -56,20 +56,3 @@ def test_a_missing_picture_is_named(world: Path, model: VisionLanguageModel, tmp
     with pytest.raises(UserError, match="test_colour_") as caught:
         generate_answers(model, protocol, questions, tmp_path, 4)
     assert str(tmp_path) in str(caught.value)
-
-
-def test_gen_kwargs() -> None:
-    assert parse_gen_kwargs("") is None
-    assert parse_gen_kwargs("temperature=0") is None
-    assert parse_gen_kwargs("max_new_tokens=5,temperature=0.0") == 5
-    for text in (
-        "max_new_tokens=0",
-        "max_new_tokens=-1",
-        "max_new_tokens",
-        "temperature=0.7",
-        "top_p=1",
-        "x",
-    ):
-        with pytest.raises(UserError, match="is not understood") as caught:
-            parse_gen_kwargs(text)
-        assert "--gen_kwargs" in str(caught.value)

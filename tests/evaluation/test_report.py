@@ -25,7 +25,9 @@ TINY = Suite("tiny", SOURCE, ["tiny_iconqa"])
 TASKS = [*TINY.source, *TINY.target]
 
 
-def write_evaluation(folder: Path, shares: Mapping[str, float], seed: int = 0, n: int = 200) -> None:
+def write_evaluation(
+    folder: Path, shares: Mapping[str, float], seed: int = 0, n: int = 200, model: str = "base model"
+) -> None:
     """An evaluation in which about `shares[task]` of the n questions are right."""
     folder.mkdir(parents=True)
     results: dict[str, Any] = {}
@@ -55,7 +57,9 @@ def write_evaluation(folder: Path, shares: Mapping[str, float], seed: int = 0, n
         "results": results,
         "configs": {task: {"hash": f"protocol {task}"} for task in shares},
         "model": "somewhere",
+        "model_hash": model,
         "split": "test",
+        "splits": dict.fromkeys(shares, "test"),
         "versions": {"torch": "2.11"},
         "precision": "float32",
         "batch_size": 32,
@@ -67,10 +71,11 @@ def write_evaluation(folder: Path, shares: Mapping[str, float], seed: int = 0, n
 def write_run(folder: Path, shares: Mapping[str, float], seed: int, rank: int = 4, n: int = 200) -> Path:
     tune = {"language": {"tuner": "lora", "rank": rank}}
     config = {"name": folder.name, "seed": seed, "tune": tune, "output": str(folder.parent)}
-    write_evaluation(folder / "eval" / "tiny-test", shares, seed, n)
+    write_evaluation(folder / "eval" / "tiny-test", shares, seed, n, model=folder.name)
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     (folder / "final").mkdir()
     trained = {"config": f"hash of {folder.name}", "data": "d", "versions": {}, "step": 9, "seed": seed}
+    trained |= {"base": "base model", "model_hash": folder.name, "commit": "c-dirty"}
     (folder / "final" / "trained.json").write_text(json.dumps(trained))
     return folder
 
@@ -146,6 +151,8 @@ def test_report_json_holds_what_the_evaluations_say(tmp_path: Path) -> None:
     assert made["data"]["lora_s0"] == "d"
     assert made["versions"] == {"torch": "2.11"}
     assert (made["suite"], made["split"]) == ("tiny", "test")
+    assert made["splits"] == dict.fromkeys(TASKS, "test")
+    assert made["commit"] == {run.name: "c-dirty" for run in runs}
 
 
 def test_groups_are_the_seeds_of_one_config(tmp_path: Path) -> None:
@@ -244,7 +251,10 @@ def test_missing_evaluations_are_answered_with_the_commands_that_make_them(tmp_p
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"split": "val"}, "the split differs: val, but test for the base"),
+        (
+            {"splits": {task: "val" for task in TASKS}},
+            "tiny_text: the split differs: val, but test for the base",
+        ),
         ({"configs": {task: {"hash": "x"} for task in TASKS}}, "tiny_shape: the protocol differs: x"),
         ({"data": {task: "y" for task in TASKS}}, "tiny_iconqa: the annotation file differs: y"),
         ({"decoding": {"max_new_tokens": 1}}, "the decoding differs"),
@@ -281,6 +291,34 @@ def test_samples_of_another_evaluation_are_noticed(tmp_path: Path) -> None:
     (runs[0] / place).write_text((base / place).read_text())
     with pytest.raises(UserError, match="different evaluations"):
         make_report(base, runs, TINY, "test", tmp_path / "out")
+
+
+def test_a_run_from_another_model_is_not_compared(tmp_path: Path) -> None:
+    base, runs = base_of(tmp_path), world(tmp_path, GROUPS, seeds=(0,))
+    rewrite(runs[0] / "final" / "trained.json", base="other model")
+    rewrite(runs[1] / "final" / "trained.json", model_hash="trained again")
+    with pytest.raises(UserError) as caught:
+        make_report(base, runs, TINY, None, tmp_path / "out")
+    said = [str(fault) for fault in caught.value.faults]
+    assert (
+        "lora_s0: it started from model other model, but the base is model base model (somewhere)" in said[0]
+    )
+    assert "lorasculpt_s0: its final model is trained again, but lorasculpt_s0 (somewhere)" in said[1]
+    rewrite(runs[0] / "final" / "trained.json", base=None)
+    report = make_report(base, runs[:1], TINY, None, tmp_path / "out")
+    assert report["warnings"] == [
+        "lora_s0 started from no saved model as a whole, so the base cannot be checked"
+    ]
+
+
+def test_tasks_on_splits_of_their_own(tmp_path: Path) -> None:
+    base, runs = base_of(tmp_path), world(tmp_path, GROUPS, seeds=(0,))
+    splits = {**dict.fromkeys(TASKS, "test"), "tiny_reading": "val"}
+    for folder in (base, *runs):
+        rewrite(folder / "eval" / "tiny-test" / "results.json", splits=splits)
+    report = make_report(base, runs, TINY, None, tmp_path / "out")
+    assert report["made_with"]["splits"] == splits
+    assert "splits reading val, colour test" in " ".join(printed(report).split())
 
 
 def test_one_name_twice_is_refused(tmp_path: Path) -> None:

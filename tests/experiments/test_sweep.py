@@ -85,3 +85,9 @@ def test_a_sweep_skips_what_is_done_and_ends_in_a_report(
     kept = {file: time for file, time in kept.items() if file.is_file()}
     assert main(["sweep", str(path)]) == 0
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
+
+    # A run that was changed since is not passed off as the one that lies there.
+    run_file(world, place / "one", "run", train={"steps": 1, "clip": 0.5})
+    assert main(["sweep", str(path)]) == 2
+    assert "in: train.clip (1.0 before, 0.5 now)" in capsys.readouterr().err
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept

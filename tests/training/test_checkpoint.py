@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from mmtune.core.errors import UserError
+from mmtune.core.versions import commit
 from mmtune.evaluation.evaluate import evaluate
 from mmtune.parts import VisionLanguageModel
-from mmtune.run import RunOptions
+from mmtune.parts.fingerprint import model_hash
+from mmtune.run import RunOptions, config_hash
 from mmtune.training.checkpoint import cut_metrics, newest, prune_old
 from mmtune.training.loop import train
 from mmtune.training.meter import Meter
@@ -169,6 +171,14 @@ def test_a_folder_of_somebody_else_is_not_taken_for_a_checkpoint(tmp_path: Path)
         newest(tmp_path)
 
 
+def test_the_final_model_says_where_it_comes_from(world: Path, whole: RunOptions) -> None:
+    record = json.loads((whole.folder / "final" / "trained.json").read_text())
+    assert record["base"] == model_hash(world / "base")
+    assert record["model_hash"] == model_hash(whole.folder / "final") != record["base"]
+    assert (record["config"], record["seed"], record["step"]) == (config_hash(whole), 0, 6)
+    assert (record["commit"] is None) == (commit() is None)
+
+
 def test_a_checkpoint_holds_all_that_was_trained(whole: RunOptions) -> None:
     folder = whole.folder / "checkpoints" / "step-4"
     state = json.loads((folder / "training/state.json").read_text())
@@ -232,15 +242,54 @@ def test_a_changed_config_does_not_resume(
         train(options)
     language = {**TUNE["language"], "density": 0.2}
     changed = run_options(world, tmp_path, tune={**TUNE, "language": language}, train=TRAIN, seed=3)
-    with pytest.raises(UserError, match="differs from the one this run was started with, in: seed, tune"):
-        train(changed, resume=True)
+    for resume in (True, False):
+        with pytest.raises(UserError) as caught:
+            train(changed, resume=resume)
+        (fault,) = caught.value.faults
+        changes = "seed (0 before, 3 now), tune.language.density (0.1 before, 0.2 now)"
+        assert fault.what.endswith(f"in: {changes}")
+        assert "another name" in fault.mend
 
 
-def test_how_a_run_is_evaluated_may_change(world: Path, tmp_path: Path) -> None:
-    options = run_options(world, tmp_path, train={"steps": 1}, evaluate={"suite": "tiny"})
-    train(options)
-    other = run_options(world, tmp_path, train={"steps": 1}, evaluate={"suite": "tiny", "batch_size": 4})
+def test_what_decides_no_result_may_change(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_options = {"steps": 2, "checkpoint": {"every": 1}}
+    options = run_options(world, tmp_path, train=train_options, evaluate={"suite": "tiny"})
+    train_until(options, 1, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    others = {"log_every": 2, "workers": 1, "checkpoint": {"every": 5, "keep": 3}}
+    evaluation = {"suite": "tiny", "batch_size": 4}
+    other = run_options(world, Path("."), train={**train_options, **others}, evaluate=evaluation)
+    assert (other.folder, config_hash(other)) == (Path("run"), config_hash(options))
     train(other, resume=True)
+    assert "workers: 1" in (options.folder / "run.yaml").read_text()
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "name: [\n"])
+def test_a_config_that_was_damaged(world: Path, tmp_path: Path, whole: RunOptions, text: str) -> None:
+    options = run_options(world, tmp_path, "whole", tune=TUNE, train=TRAIN)
+    shutil.copytree(whole.folder, options.folder)
+    (options.folder / "run.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"run\.yaml"):
+        train(options, resume=True)
+
+
+def test_another_starting_model_does_not_resume(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(world / "base", tmp_path / "base")
+    model = {"base": str(tmp_path / "base")}
+    runs = [run_options(world, tmp_path, name, train=TRAIN, model=model) for name in ("stopped", "finished")]
+    train_until(runs[0], 3, monkeypatch)
+    train(runs[1])
+    first = json.loads((runs[1].folder / "final" / "trained.json").read_text())["base"]
+    assert first == model_hash(tmp_path / "base")
+    config = tmp_path / "base" / "language" / "config.json"
+    config.write_text(config.read_text() + " ")
+    for run in runs:
+        with pytest.raises(UserError, match=f"the model this run started from was {first}"):
+            train(run, resume=True)
 
 
 def test_changed_data_does_not_resume(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,9 +300,12 @@ def test_changed_data_does_not_resume(world: Path, tmp_path: Path, monkeypatch: 
     data = [{"path": str(file), "image_root": str(tiny)}]
     options = run_options(world, tmp_path, tune={**TUNE, "language": LORA}, train=TRAIN, data=data)
     train_until(options, 3, monkeypatch)
+    done = run_options(world, tmp_path, "done", tune={**TUNE, "language": LORA}, train=TRAIN, data=data)
+    train(done)
     file.write_text(json.dumps(rows[::-1]))
-    with pytest.raises(UserError, match="training data is not what this run was started with"):
-        train(options, resume=True)
+    for run in (options, done):
+        with pytest.raises(UserError, match="training data is not what this run was started with"):
+            train(run, resume=True)
 
 
 def test_metrics_are_cut_back_and_a_torn_line_goes(tmp_path: Path) -> None:

@@ -339,15 +339,20 @@ def test_the_longest_batch_comes_first(world: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(VisionLanguageModel, "forward", look)
     train(run_options(world, tmp_path, train={"steps": None, "epochs": 1}))
-    assert len(widths) == math.ceil(52 / 8)
+    assert len(widths) == math.ceil(samples(world) / 8)
     assert widths[0] == max(widths) > min(widths)
+
+
+def samples(world: Path) -> int:
+    return len(json.loads((world / "datasets/tiny/train_instructions.json").read_text()))
 
 
 def test_epochs_give_steps_and_the_last_step_is_logged(world: Path, tmp_path: Path) -> None:
     options = run_options(world, tmp_path, train={"steps": None, "epochs": 1.5, "log_every": 4})
     train(options)
-    # 52 samples in batches of 8 are 7 steps, one and a half epochs 10 (10.5 to the even number).
-    assert [line["step"] for line in metrics(options.folder)] == [1, 4, 8, 10]
+    steps = round(1.5 * math.ceil(samples(world) / 8))
+    logged = [line["step"] for line in metrics(options.folder)]
+    assert logged == sorted({1, *range(4, steps, 4), steps})
 
 
 # ---- Stages ---------------------------------------------------------------------------------------------
@@ -420,6 +425,43 @@ def test_a_gradient_that_is_no_number_stops_too(
     with pytest.raises(UserError, match="gradient's norm is nan at step 1; the samples were"):
         train(options)
     assert not (options.folder / "metrics.jsonl").exists()
+
+
+def with_pictures(world: Path, folder: Path, broken: int, missing: int) -> list[dict[str, str]]:
+    """The data of a run with some pictures that are no pictures, and some that are not there."""
+    tiny = world / "datasets" / "tiny"
+    rows = [r for r in json.loads((tiny / "train_instructions.json").read_text()) if "image" in r]
+    for i, row in enumerate(rows):
+        if i < broken + missing:
+            row["image"] = str(folder / f"{row['id']}.png")
+            if i < broken:
+                Path(row["image"]).write_text("no picture")
+        else:
+            row["image"] = str(tiny / row["image"])
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return [{"path": str(folder / "rows.json"), "image_root": "/"}]
+
+
+def test_missing_pictures_are_named_before_the_first_step(world: Path, tmp_path: Path) -> None:
+    options = run_options(world, tmp_path, data=with_pictures(world, tmp_path, broken=0, missing=25))
+    with pytest.raises(UserError) as caught:
+        train(options)
+    named = [fault for fault in caught.value.faults if fault.where.startswith("sample train_")]
+    assert len(named) == 20
+    assert all(fault.what.startswith(f"no such picture: {tmp_path}/train_") for fault in named)
+    assert "25 of" in caught.value.faults[-1].what
+    assert not (options.folder / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_picture_is_named_also_by_a_worker(world: Path, tmp_path: Path, workers: int) -> None:
+    data = with_pictures(world, tmp_path, broken=30, missing=0)
+    options = run_options(world, tmp_path, data=data, train={"workers": workers})
+    with pytest.raises(UserError) as caught:
+        train(options)
+    (fault,) = caught.value.faults
+    assert fault.what.startswith("this picture cannot be read")
+    assert fault.where.startswith(f"{tmp_path}/train_")
 
 
 def test_a_run_that_would_never_prune_is_refused_at_once(world: Path, tmp_path: Path) -> None:

@@ -638,7 +638,8 @@ def generate(folder: Path, seed: int = 0, sizes: Sizes = FULL_SIZES) -> None:
     """Writes the tiny world of this seed and these sizes to `folder`, which must not hold anything else.
 
     A world that is there already is left alone. The files grow in `folder`.partial, which is renamed at the
-    end, so a world is whole or absent. Raises UserError where `folder` holds something else.
+    end, so a world is whole or absent. Raises UserError where `folder` holds something else or cannot be
+    written.
     """
     stamp = {"version": VERSION, "seed": seed, "sizes": asdict(sizes)}
     if folder.exists():
@@ -654,25 +655,33 @@ def generate(folder: Path, seed: int = 0, sizes: Sizes = FULL_SIZES) -> None:
         folder.rmdir()
 
     partial = folder.with_name(folder.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)  # left by a run that was interrupted
-    world = World(partial, seed, sizes)
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)  # left by a run that was interrupted
+        write_world(World(partial, seed, sizes), stamp)
+        partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror or error}", where=folder) from error
+
+
+def write_world(world: World, stamp: dict[str, Any]) -> None:
+    """Everything that belongs to a world, its stamp last."""
+    folder = world.folder
     write_simple(world)
     write_train(world)
     for split in ("val", "test"):
-        (partial / "images" / split).mkdir()
+        (folder / "images" / split).mkdir()
         write_reading(world, split)
         for skill in ("colour", "shape", "place"):
             write_gqa(world, split, skill)
         write_text(world, split)
     write_iconqa(world)
     hashes = {
-        path.relative_to(partial).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in annotation_files(partial)
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in annotation_files(folder)
     }
-    pictures = sum(1 for _ in partial.rglob("*.png"))
-    save_mapping(stamp | {"pictures": pictures, "sha256": hashes}, partial / "world.json")
-    partial.rename(folder)
+    pictures = sum(1 for _ in folder.rglob("*.png"))
+    save_mapping(stamp | {"pictures": pictures, "sha256": hashes}, folder / "world.json")
 
 
 def holds(folder: Path, stamp: dict[str, Any]) -> bool:

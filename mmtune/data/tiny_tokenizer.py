@@ -6,6 +6,7 @@ carried out whatever words the training text happens to hold.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,12 @@ TEMPLATE = (
 
 
 def train_tokenizer(world: Path, folder: Path) -> None:
-    """Trains on the world's training files and writes a Hugging Face tokenizer."""
+    """Trains on the world's training files and writes a Hugging Face tokenizer, whole or not at all.
+
+    One that is there already is left alone; a folder without a tokenizer_config.json holds none.
+    """
+    if (folder / "tokenizer_config.json").is_file():
+        return
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -51,7 +57,11 @@ def train_tokenizer(world: Path, folder: Path) -> None:
         additional_special_tokens=special[3:],
     )
     wrapped.chat_template = TEMPLATE
-    wrapped.save_pretrained(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    wrapped.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def _texts(world: Path) -> Iterator[str]:

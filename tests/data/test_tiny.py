@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ def letters_of_the_font() -> dict[frozenset[tuple[int, int]], str]:
 LETTER_BY_DOTS = letters_of_the_font()
 
 
+@cache
 def look(path: Path) -> tuple[Objects, str, tuple[int, int] | None]:
     """The objects, the word and the place of its first letter, from the pixels alone."""
     with Image.open(path) as picture:
@@ -139,20 +141,28 @@ def look(path: Path) -> tuple[Objects, str, tuple[int, int] | None]:
     return objects, word, start
 
 
-def answer_to(question: str, objects: Objects, word: str) -> str:
-    """The right answer to an upstream question about a picture, which must have exactly one."""
+def asked_about(question: str, objects: Objects) -> tuple[int, int] | None:
+    """The cell of the object a question is about, of which there must be exactly one; None: the sign."""
     if "sign" in question:
-        return word
-    if place := re.fullmatch(r"Where is the (\w+) (\w+)\?", question):
-        ((row, column),) = [c for c, kind in objects.items() if kind == (place[2], place[1])]
-        return f"row {row} column {column}"
-    if colour := re.fullmatch(r"What colour is the (\w+)\?", question):
-        (found,) = [kind[1] for kind in objects.values() if kind[0] == colour[1]]
-        return found
-    shape = re.fullmatch(r"What shape is the (\w+) object\?", question)
-    assert shape, question
-    (found,) = [kind[0] for kind in objects.values() if kind[1] == shape[1]]
-    return found
+        return None
+    about = re.fullmatch(
+        r"Where is the (\w+) (\w+)\?|What colour is the (\w+)\?|What shape is the (\w+) object\?", question
+    )
+    assert about, question
+    said = set(about.groups()) - {None}
+    (cell,) = [cell for cell, kind in objects.items() if said <= set(kind)]
+    return cell
+
+
+def answer_to(question: str, objects: Objects, word: str) -> tuple[str, str]:
+    """The skill that an upstream question about a picture asks for, and the right answer."""
+    cell = asked_about(question, objects)
+    if cell is None:
+        return "reading", word
+    if question.startswith("Where"):
+        return "place", f"row {cell[0]} column {cell[1]}"
+    shape, colour = objects[cell]
+    return ("colour", colour) if "colour" in question else ("shape", shape)
 
 
 def downstream_answer(question: str, objects: Objects) -> str:
@@ -172,53 +182,116 @@ def downstream_answer(question: str, objects: Objects) -> str:
 # ---- What is written ----------------------------------------------------------------------------------
 
 
-def test_captions_say_what_the_pictures_show(world: Path) -> None:
-    rows = load(world / "train_captions.json")
-    assert len(rows) == SMALL.train
+@pytest.mark.parametrize("kind", ["simple", "captions"])
+def test_captions_say_what_the_pictures_show(world: Path, kind: str) -> None:
+    rows = load(world / f"train_{kind}.json")
+    assert len(rows) == (SMALL.simple if kind == "simple" else SMALL.train)
     signs = 0
-    for sample in rows:
-        objects, word, start = look(world / sample["image"])
+    for row in rows:
+        objects, word, start = look(world / row["image"])
         signs += bool(word)
+        if kind == "simple":
+            assert len(objects) + len(word) == 1
+        else:
+            assert len(objects) <= 2 and len(word) in (2, 3) if word else 2 <= len(objects) <= 5
         assert len(set(objects.values())) == len(objects)
-        assert len(objects) <= 2 and len(word) in (2, 3) if word else 2 <= len(objects) <= 5
         parts = {cell: f"{colour} {shape}" for cell, (shape, colour) in objects.items()}
         if start:
             parts[start] = f"sign {word}"
         expected = ", ".join(
             f"row {row} column {column} {what}" for (row, column), what in sorted(parts.items())
         )
-        human, gpt = sample["conversations"]
-        assert human == {"from": "human", "value": "<image>\nDescribe the picture."}
-        assert gpt == {"from": "gpt", "value": expected}
-    assert 0.2 < signs / SMALL.train < 0.5
+        assert said(row) == [("Describe the picture.", expected)]
+    assert 0.2 < signs / len(rows) < 0.5
 
 
-def test_instructions_are_answered_by_the_pictures(world: Path) -> None:
-    rows = load(world / "train_instructions.json")
-    assert len({row["id"] for row in rows}) == len(rows) == SMALL.train + SMALL.text
-    asked: Counter[str] = Counter()
+def test_transcripts_say_what_stands_in_each_cell(world: Path) -> None:
+    rows = load(world / "train_cells.json")
+    assert len(rows) == SMALL.train
     for row in rows:
-        prompts = [turn["value"] for turn in row["conversations"][::2]]
-        answers = [turn["value"] for turn in row["conversations"][1::2]]
-        assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"] * len(prompts)
-        assert 1 <= len(prompts) <= 3
-        assert len(set(prompts)) == len(prompts) or "image" not in row
-        assert ["<image>\n" in prompt for prompt in prompts] == [
-            "image" in row and turn == 0 for turn in range(len(prompts))
-        ]
-        assert len(row["skills"]) == len(prompts)
-        asked.update(row["skills"])
-        for prompt, answer in zip(prompts, answers, strict=True):
-            question = prompt.removeprefix("<image>\n")
-            assert question.endswith("\nAnswer briefly.")
-            question = question.removesuffix("\nAnswer briefly.")
-            if "image" in row:
-                objects, word, _ = look(world / row["image"])
-                assert answer == answer_to(question, objects, word)
-            else:
-                assert answer == text_answer(question)
-    assert set(asked) == {"reading", "colour", "shape", "place", "plus", "backwards"}
-    assert min(asked.values()) > 5
+        objects, word, start = look(world / row["image"])
+        grid = [["-"] * 4 for _ in range(4)]
+        for (line, column), (shape, colour) in objects.items():
+            grid[line - 1][column - 1] = f"{colour} {shape}"
+        for i, letter in enumerate(word):
+            assert start
+            grid[start[0] - 1][start[1] - 1 + i] = letter
+        assert said(row) == [("Describe each cell.", "\n".join(" | ".join(line) for line in grid))]
+
+
+def test_each_thing_is_named_in_random_order(world: Path) -> None:
+    rows = load(world / "train_names.json")
+    assert len(rows) == SMALL.train
+    in_order = 0
+    for row in rows:
+        objects, word, start = look(world / row["image"])
+        expected = [f"{shape} {colour} row {r} column {c}" for (r, c), (shape, colour) in objects.items()]
+        if start:
+            expected.append(f"sign {word} row {start[0]} column {start[1]}")
+        ((prompt, answer),) = said(row)
+        assert prompt == "Name each thing."
+        assert sorted(answer.split(", ")) == sorted(expected)
+        in_order += answer.split(", ") == expected
+    assert in_order < SMALL.train / 2
+
+
+def test_each_conversation_asks_about_every_thing_once(world: Path) -> None:
+    rows = load(world / "train_instructions.json")
+    pictured = [row for row in rows if "image" in row]
+    numbers = range(SMALL.train)
+    assert sorted(row["id"] for row in pictured) == [f"train_{n:06d}_{ab}" for n in numbers for ab in "ab"]
+    assert [row["id"] for row in pictured] != sorted(row["id"] for row in pictured)
+    questions = {}
+    for row in pictured:
+        assert row["image"] == f"images/train/{row['id'][:-2]}.png"
+        objects, word, _ = look(world / row["image"])
+        asked = questions[row["id"]] = briefly(row)
+        about = [asked_about(question, objects) for question, _ in asked]
+        assert len(about) == len(set(about)) and set(about) == {*objects, *([None] if word else [])}
+        right = [answer_to(question, objects, word) for question, _ in asked]
+        assert list(zip(row["skills"], [answer for _, answer in asked], strict=True)) == right
+    assert {skill for row in pictured for skill in row["skills"]} == {"reading", "colour", "shape", "place"}
+    alike = sum(questions[f"train_{n:06d}_a"] == questions[f"train_{n:06d}_b"] for n in numbers)
+    assert alike < SMALL.train / 3
+
+
+def test_simple_pictures_are_asked_about_once(world: Path) -> None:
+    rows = load(world / "train_simple_questions.json")
+    assert [row["image"] for row in rows] == [row["image"] for row in load(world / "train_simple.json")]
+    for row in rows:
+        objects, word, _ = look(world / row["image"])
+        ((question, answer),) = briefly(row)
+        assert [(row["skills"][0], answer)] == [answer_to(question, objects, word)]
+        assert len(row["skills"]) == 1
+
+
+def test_conversations_without_a_picture(world: Path) -> None:
+    rows = [row for row in load(world / "train_instructions.json") if "image" not in row]
+    assert len({row["id"] for row in rows}) == len(rows) == SMALL.text
+    for row in rows:
+        asked = briefly(row)
+        assert 1 <= len(asked) == len(row["skills"]) <= 3
+        for (question, answer), skill in zip(asked, row["skills"], strict=True):
+            assert answer == text_answer(question) and f" {skill}" in question
+    assert {skill for row in rows for skill in row["skills"]} == {"plus", "backwards"}
+
+
+def said(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """(prompt, answer) of each exchange, without the mark of the picture, which must open the first."""
+    turns = row["conversations"]
+    assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+    prompts, answers = ([turn["value"] for turn in turns[which::2]] for which in (0, 1))
+    if "image" in row:
+        assert prompts[0].startswith("<image>\n")
+        prompts[0] = prompts[0].removeprefix("<image>\n")
+    assert not any("<image>" in text for text in prompts + answers)
+    return list(zip(prompts, answers, strict=True))
+
+
+def briefly(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """(question, answer) of each exchange; every prompt must ask for a brief answer."""
+    assert all(prompt.endswith("\nAnswer briefly.") for prompt, _ in said(row))
+    return [(prompt.removesuffix("\nAnswer briefly."), answer) for prompt, answer in said(row)]
 
 
 def text_answer(question: str) -> str:
@@ -260,7 +333,7 @@ def test_skills_are_gqa(world: Path, split: str, skill: str) -> None:
             "isBalanced", "question", "semantic", "semanticStr", "types",
         }  # fmt: skip
         objects, word, _ = look(world / "images" / split / f"{row['imageId']}.png")
-        assert row["answer"] == answer_to(row["question"], objects, word)
+        assert (skill, row["answer"]) == answer_to(row["question"], objects, word)
         assert row["fullAnswer"].endswith(f" {row['answer']}.")
 
 
@@ -416,6 +489,12 @@ def test_an_interrupted_run_is_started_afresh(tmp_path: Path) -> None:
     tiny.generate(tmp_path / "world", sizes=sizes)
     assert not (tmp_path / "world" / "left_over.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["world"]
+
+
+@pytest.mark.parametrize("parent", ["/proc/nope", "/dev/null"])
+def test_a_place_that_cannot_be_written(parent: str) -> None:
+    with pytest.raises(UserError, match=f"{parent}/x: cannot be written"):
+        tiny.generate(Path(parent) / "x", sizes=tiny.Sizes(*[1] * 8))
 
 
 def test_chance_is_the_share_of_the_commonest_answer(world: Path) -> None:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes the tiny model again from nothing: the world, the tokenizer, the stages of training, its scores.
-# Writes runs/tiny_pretrain_sN for seed N; the model that ships is not touched. A second run goes on.
+# Writes runs/tiny_pretrain_sN for seed N; the model that ships is not touched. A second run goes on where the
+# first was interrupted, or says that it is done.
 # Usage: bash scripts/pretrain_tiny.sh [--seed N]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,9 +19,9 @@ source scripts/venv.sh
 
 name="tiny_pretrain_s$seed"
 mmtune data prepare tiny
-resume=()
-if [ -d "runs/$name" ]; then resume=(--resume); fi
-mmtune train scripts/tiny/pretrain.yaml "name=$name" "seed=$seed" "${resume[@]}"
-mmtune eval --model "runs/$name/final" --suite tiny --split val --output_path "runs/$name/eval/tiny-val"
-mmtune eval --model "runs/$name/final" --suite tiny --output_path "runs/$name/eval/tiny-test"
+mmtune train scripts/tiny/pretrain.yaml "name=$name" "seed=$seed" --resume
+for split in val test; do
+  mmtune eval --model "runs/$name/final" --suite tiny --split "$split" --skip_done \
+    --output_path "runs/$name/eval/tiny-$split"
+done
 echo "The model: runs/$name/final. The one that ships is data/tiny/model."

@@ -49,7 +49,7 @@ def read_sweep(path: Path, overrides: list[str] | None = None) -> tuple[SweepOpt
         settings = [
             f"{key.strip()}={json.dumps(value)}" for keys, value in chosen.items() for key in keys.split(",")
         ]
-        places = [f"name={options.name}_{short}", f"output={options.output / options.name}"]
+        places = [f"name={short}", f"output={options.output / options.name}"]
         runs.append(read_run(run_file, settings + places))
     names = [run.name for run in runs]
     if len(set(names)) < len(names):

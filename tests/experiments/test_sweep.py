@@ -40,7 +40,7 @@ def test_a_grid_is_every_combination(world: Path, place: Path) -> None:
     grid = {"tune.language.lr": [1e-3, 2e-5], "seed": [0, 1], "tune.connector.penalty": [None]}
     _, runs = read_sweep(sweep_file(world, place, grid))
     names = [run.name for run in runs]
-    assert names == [f"grid_lr{lr}_seed{seed}_penaltyNone" for lr in ("0.001", "2e-05") for seed in (0, 1)]
+    assert names == [f"lr{lr}_seed{seed}_penaltyNone" for lr in ("0.001", "2e-05") for seed in (0, 1)]
     for run, (lr, seed) in zip(runs, [(1e-3, 0), (1e-3, 1), (2e-5, 0), (2e-5, 1)], strict=True):
         assert run.tune
         assert (run.tune.language.lr, run.seed) == (lr, seed)
@@ -52,7 +52,7 @@ def test_a_grid_is_every_combination(world: Path, place: Path) -> None:
 def test_several_keys_may_share_a_value(world: Path, place: Path) -> None:
     grid = {"tune.connector.lr, tune.language.lr": [1e-3, 1e-4]}
     _, runs = read_sweep(sweep_file(world, place, grid))
-    assert [run.name for run in runs] == ["grid_lr0.001", "grid_lr0.0001"]
+    assert [run.name for run in runs] == ["lr0.001", "lr0.0001"]
     for run, rate in zip(runs, (1e-3, 1e-4), strict=True):
         assert run.tune
         assert (run.tune.connector.lr, run.tune.language.lr) == (rate, rate)
@@ -76,7 +76,7 @@ def test_a_sweep_skips_what_is_done_and_ends_in_a_report(
     assert "Traceback" not in said.err
     folder = place / "runs" / "grid"
     report = json.loads((folder / "report" / "report.json").read_text())
-    assert [run["name"] for run in report["runs"]] == ["grid_lr0", "grid_lr0.01"]
+    assert [run["name"] for run in report["runs"]] == ["lr0", "lr0.01"]
     assert report["made_with"]["split"] == "val"
     best = max(report["runs"], key=lambda run: run["mean"])["name"]
     assert said.out.splitlines()[-1] == f"best: {best}"

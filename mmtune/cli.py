@@ -187,7 +187,7 @@ def _eval(options: argparse.Namespace) -> None:
     )
     if not options.predict_only:
         print_results(made, _console())
-    print(f"written: {options.output_path}")
+    print(f"results: {options.output_path}")
 
 
 def _score(options: argparse.Namespace) -> None:

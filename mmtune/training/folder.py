@@ -16,7 +16,7 @@ from mmtune.core.files import read_json, write_text
 from mmtune.parts.fingerprint import start_hash
 from mmtune.run import RunOptions, data_hash, deciding
 
-AFRESH = "Give the run another name, or remove its folder; scripts/quickstart.sh takes --fresh."
+AFRESH = "give the run another name, or remove its folder (scripts/quickstart.sh: --fresh)."
 
 
 def open_run(options: RunOptions, resume: bool) -> bool:
@@ -43,11 +43,11 @@ def open_run(options: RunOptions, resume: bool) -> bool:
         raise UserError(
             f"the config differs from the one this run was started with, in: {', '.join(changed)}",
             where=saved,
-            mend=f"Take the same config. Or: {AFRESH}",
+            mend=f"Take the same config, or {AFRESH}",
         )
     if not resume:
         raise UserError(
-            "this folder already holds a run", where=folder, mend=f"Go on with --resume. Or: {AFRESH}"
+            "this folder already holds a run", where=folder, mend=f"Go on with --resume, or {AFRESH}"
         )
     for stage, path in zip(options.all_stages(), done, strict=True):
         if (path / "trained.json").is_file():
@@ -72,12 +72,12 @@ def check_origin(options: RunOptions, data: str, record: Any, where: Path) -> No
         raise UserError(
             "the training data is not what this run was started with",
             where=where,
-            mend=f"Put the files back. Or: {AFRESH}",
+            mend=f"Put the files back, or {AFRESH}",
         )
     base = start_hash(options.model)
     if record.get("base") != base:
         raise UserError(
             f"the model this run started from was {record.get('base')}; {options.model.base} is now {base}",
             where=where,
-            mend=f"Put the model back. Or: {AFRESH}",
+            mend=f"Put the model back, or {AFRESH}",
         )

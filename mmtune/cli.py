@@ -232,11 +232,13 @@ def _console() -> Console:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    from mmtune.data.tiny import generate
+    from mmtune.data.tiny import chance, generate
     from mmtune.data.tiny_tokenizer import train_tokenizer
 
     generate(options.output_path, options.seed)
     train_tokenizer(options.output_path, options.output_path / "tokenizer")
+    guesses = ", ".join(f"{task} {percent:.1f}" for task, percent in chance(options.output_path).items())
+    print(f"Chance, percent right on the test split without looking at picture or question: {guesses}.")
 
 
 if __name__ == "__main__":

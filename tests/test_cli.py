@@ -233,6 +233,7 @@ def test_preparing_the_tiny_world_twice(cli: Cli, tmp_path: Path, monkeypatch: p
     code, out, _ = cli("data", "prepare", "tiny", "--output_path", place)
     assert (code, "nothing to do" in out) == (0, True)
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()} == files
+    assert "tiny_iconqa" in out.rpartition("Chance")[2]
     assert cli("data", "prepare", "tiny", "--output_path", place, "--seed", 1)[0] == 2
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest
+    # peft still asks transformers by the old name; nothing a user could mend.
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
     try:
         options.run(options)
     except UserError as error:

@@ -196,7 +196,9 @@ def parse_named(cls: type, kind: str, folder: Path, name: str, field: str = "nam
 def build(cls: type, tree: Any, key: Path_, source: Source) -> Any:
     """An instance of the dataclass `cls`, or None where `source` gathered a fault.
 
-    A class may define `check(fault)`, called with a `Report` once all its fields have the right types.
+    A class may define `check(fault)`, called with a `Report`. Where some fields are faulty already, their
+    defaults stand in for them, and what `check` says of them or of the whole is not passed on: it may be
+    a consequence only.
     """
     if not isinstance(tree, dict):
         source.fault(key, f"expected a mapping, found {_describe(tree)}")
@@ -208,25 +210,35 @@ def build(cls: type, tree: Any, key: Path_, source: Source) -> Any:
         if name not in fields:
             source.fault((*key, name), f"unknown key '{name}'", nearest(name, list(fields)))
     values: dict[str, Any] = {}
+    faulty: set[str] = set()
+    incomplete = False  # nothing can stand in for a faulty field without a default
     for name, field in fields.items():
         inner = (*key, name)
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        so_far = len(source.faults)
         if name not in tree:
-            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            if needed:
                 source.fault(key, f"'{name}' is missing")
-            continue
-        if "choose" in field.metadata:
+        elif "choose" in field.metadata:
             values[name] = _build_chosen(field.metadata["choose"], tree[name], inner, source)
         else:
             values[name] = _convert(hints[name], tree[name], inner, source)
-    if len(source.faults) > before:
+        if len(source.faults) > so_far:
+            faulty.add(name)
+            values.pop(name, None)
+            incomplete = incomplete or needed
+    if incomplete:
         return None
     made = cls(**values)
+
+    def report(field: str, what: str, mend: str = "") -> None:
+        if not faulty or (field and field.split(".")[0] not in faulty):
+            source.fault((*key, *field.split(".")) if field else key, what, mend)
+
     check: Callable[[Report], None] | None = getattr(made, "check", None)
     if check is not None:
-        check(
-            lambda field, what, mend="": source.fault((*key, *field.split(".")) if field else key, what, mend)
-        )
-    return made
+        check(report)
+    return made if len(source.faults) == before else None
 
 
 def _build_chosen(choose: tuple[str, Table, str | None], tree: Any, key: Path_, source: Source) -> Any:

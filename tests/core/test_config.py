@@ -399,3 +399,27 @@ def test_a_named_file_must_bear_its_name(tmp_path: Path) -> None:
         parse_named(Outer, "tool", tmp_path, "two")
     with pytest.raises(UserError, match="unknown tool 'three'"):
         parse_named(Outer, "tool", tmp_path, "three")
+
+
+@dataclasses.dataclass
+class Bounded:
+    steps: int = 1
+    size: int = 1
+
+    def check(self, fault: Callable[..., None]) -> None:
+        for name in ("steps", "size"):
+            if getattr(self, name) < 1:
+                fault(name, f"{name} too small")
+        if self.steps + self.size > 1:
+            fault("", "too much in all")
+
+
+def test_a_faulty_field_does_not_hide_what_is_wrong_with_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("steps: ten\nsize: -3\n")
+    with pytest.raises(UserError) as caught:
+        parse(Bounded, Source(path))
+    assert [fault.what for fault in caught.value.faults] == [
+        "expected a whole number, found 'ten'",
+        "size too small",
+    ]

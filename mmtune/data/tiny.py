@@ -2,8 +2,8 @@
 
 A picture is 64 x 64 pixels, a grid of 4 x 4 cells with coloured shapes in some of them and, on every
 third, a sign of two or three letters. Five upstream tasks (reading, colour, shape, place, and text without
-pictures) and one downstream task (counting and comparing) are asked about such scenes. A seed and a table
-of sizes fix every file; every split and purpose draws from a random stream of its own, so that changing
+pictures) and two downstream sets (counting and comparing, answered in words or with an option's letter) are
+asked about such scenes. A seed and a table of sizes fix every file; every split and purpose draws from a random stream of its own, so that changing
 the size of one leaves the others as they are.
 """
 
@@ -14,7 +14,7 @@ import json
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, read_jsonl
 
-VERSION = 6  # part of the stamp: raise it whenever the same seed would give other files
+VERSION = 7  # part of the stamp: raise it whenever the same seed would give other files
 
 GRID = 4  # cells along each side
 CELL = 16  # pixels along each side of a cell
@@ -49,6 +49,7 @@ NOT_A_SIGN = frozenset({"AN", "THE", "ONE", "TWO", "SIX", "TEN"})
 
 BRIEFLY = "\nAnswer briefly."
 ONE_CHOICE = "\nAnswer with one choice."
+ONE_LETTER = "\nAnswer with the option's letter."
 DESCRIBE = "Describe the picture."
 TRANSCRIBE = "Describe each cell."
 NAME = "Name each thing."
@@ -126,11 +127,19 @@ KINDS = tuple(Kind(shape, colour) for shape in SHAPES for colour in COLOURS)
 CELLS = tuple(Cell(row, column) for row in range(GRID) for column in range(GRID))
 
 
-def random_word(rng: random.Random, length: int) -> str:
-    """`length` random capitals that every scorer leaves alone."""
+def held_out(word: str) -> bool:
+    """Whether a word is kept for val and test: about every fifth is, and with it the word turned round.
+
+    By a hash, so that the words of training share no pattern that tells them from the others.
+    """
+    return hashlib.sha256(min(word, word[::-1]).encode()).digest()[0] % 5 == 0
+
+
+def random_word(rng: random.Random, length: int, held: bool) -> str:
+    """`length` random capitals that every scorer leaves alone, held out of training or from training."""
     while True:
         word = "".join(rng.choices(LETTERS, k=length))
-        if word not in NOT_A_SIGN:
+        if word not in NOT_A_SIGN and held_out(word) == held:
             return word
 
 
@@ -140,9 +149,9 @@ def object_scene(rng: random.Random) -> Scene:
     return Scene(dict(zip(rng.sample(CELLS, count), rng.sample(KINDS, count), strict=True)))
 
 
-def sign_scene(rng: random.Random) -> Scene:
-    """A word in neighbouring cells of one row, and up to two objects elsewhere."""
-    word = random_word(rng, rng.randint(2, 3))
+def sign_scene(rng: random.Random, held: bool) -> Scene:
+    """A word in neighbouring cells of one row, and up to two objects elsewhere. held: see random_word."""
+    word = random_word(rng, rng.randint(2, 3), held)
     start = Cell(rng.randrange(GRID), rng.randint(0, GRID - len(word)))
     free = [c for c in CELLS if c.row != start.row or not 0 <= c.column - start.column < len(word)]
     count = rng.randint(0, 2)
@@ -278,22 +287,25 @@ def conversation(scene: Scene, rng: random.Random) -> list[Question]:
     return asked
 
 
-def text_question(rng: random.Random) -> Question:
-    """A question without a picture: a sum of two digits, or three letters to be turned round."""
+def text_question(rng: random.Random, held: bool) -> Question:
+    """A question without a picture: a sum of two digits, or three letters to be turned round.
+
+    held: see random_word. Of sums there are only 100, and none is held out.
+    """
     if rng.random() < 0.5:
         left, right = rng.randint(0, 9), rng.randint(0, 9)
         return Question("plus", f"What is {left} plus {right}?", str(left + right))
-    word = random_word(rng, 3)
+    word = random_word(rng, 3, held)
     return Question("backwards", f"What is {word} backwards?", word[::-1])
 
 
 def text_questions(rng: random.Random, count: int) -> list[Question]:
-    """`count` different questions without pictures; at most a third are sums, of which there are only 100."""
+    """`count` different questions without pictures, with words held out of training; at most a third sums."""
     room = {"plus": min(100, count // 3)}
     room["backwards"] = count - room["plus"]
     found: dict[str, Question] = {}
     while len(found) < count:
-        question = text_question(rng)
+        question = text_question(rng, held=True)
         if room[question.skill] and question.text not in found:
             found[question.text] = question
             room[question.skill] -= 1
@@ -475,7 +487,7 @@ def write_train(world: World) -> None:
     naming = world.stream("train", "naming")
     transcripts, captions, named, instructions = [], [], [], []
     for number in range(world.sizes.train):
-        scene = sign_scene(scenes) if scenes.random() < 1 / 3 else object_scene(scenes)
+        scene = sign_scene(scenes, held=False) if scenes.random() < 1 / 3 else object_scene(scenes)
         name = f"train_{number:06d}"
         save_picture(draw_scene(scene, drawing), pictures / f"{name}.png")
         image = f"images/train/{name}.png"
@@ -487,7 +499,7 @@ def write_train(world: World) -> None:
 
     chatting = world.stream("train", "text")
     for number in range(world.sizes.text):
-        turns = [text_question(chatting) for _ in range(chatting.randint(1, 3))]
+        turns = [text_question(chatting, held=False) for _ in range(chatting.randint(1, 3))]
         instructions.append(instruction_row(f"text_{number:06d}", None, turns))
     world.stream("train", "order").shuffle(instructions)
 
@@ -502,7 +514,7 @@ def write_reading(world: World, split: str) -> None:
     rng = world.stream(split, "reading")
     rows = []
     for number in range(world.count(split)):
-        scene = sign_scene(rng)
+        scene = sign_scene(rng, held=True)
         image = f"{split}_reading_{number:05d}"
         save_picture(draw_scene(scene, rng), world.folder / "images" / split / f"{image}.png")
         question = rng.choice(READING_QUESTIONS)
@@ -590,14 +602,39 @@ def write_text(world: World, split: str) -> None:
 
 
 def write_iconqa(world: World) -> None:
-    """The downstream task as IconQA publishes choose_txt, and its train split as LLaVA training JSON."""
+    """Problems whose answer is the text of one of the choices."""
+
+    def prompt(problem: Problem) -> str:
+        return f"{problem.question}\nChoices: {', '.join(problem.choices)}{ONE_CHOICE}"
+
+    write_problems(world, "iconqa", prompt, lambda problem: problem.choices[problem.answer])
+
+
+def write_letters(world: World) -> None:
+    """Problems of the same kinds, drawn apart, whose answer is the letter of one of the options."""
+
+    def prompt(problem: Problem) -> str:
+        lettered = zip(LETTERS, problem.choices, strict=False)
+        options = "\n".join(f"{letter}. {text}" for letter, text in lettered)
+        return f"{problem.question}\n{options}{ONE_LETTER}"
+
+    write_problems(world, "letters", prompt, lambda problem: LETTERS[problem.answer])
+
+
+def write_problems(
+    world: World, name: str, prompt: Callable[[Problem], str], answer: Callable[[Problem], str]
+) -> None:
+    """A downstream set as IconQA publishes choose_txt, and its train split as LLaVA training JSON.
+
+    prompt and answer: what a training row of a problem says.
+    """
     sizes = world.sizes
     counts = {"train": sizes.downstream_train, "val": sizes.downstream_val, "test": sizes.downstream_test}
     problems: dict[str, dict[str, Any]] = {}
     splits: dict[str, list[str]] = {}
     train = []
     for split, count in counts.items():
-        rng = world.stream(split, "iconqa")
+        rng = world.stream(split, name)
         here = splits[f"choose_txt_{split}"] = []
         for _ in range(count):
             problem = rng.choice((counting, comparing))(rng)
@@ -611,22 +648,21 @@ def write_iconqa(world: World) -> None:
                 "grade": "prek",
                 "label": problem.skill,
             }
-            relative = f"iconqa/iconqa/{split}/choose_txt/{pid}"
+            relative = f"{name}/iconqa/{split}/choose_txt/{pid}"
             place = world.folder / relative
             place.mkdir(parents=True)
             save_picture(draw_scene(problem.scene, rng), place / "image.png")
             save_mapping(problems[pid], place / "data.json")
             if split == "train":
-                prompt = f"{problem.question}\nChoices: {', '.join(problem.choices)}{ONE_CHOICE}"
-                answer = problem.choices[problem.answer]
-                row = llava_row(f"iconqa_{pid}", f"{relative}/image.png", [(prompt, answer)])
+                turns = [(prompt(problem), answer(problem))]
+                row = llava_row(f"{name}_{pid}", f"{relative}/image.png", turns)
                 train.append(row | {"skills": [problem.skill]})
 
-    save_mapping(problems, world.folder / "iconqa" / "problems.json")
-    save_mapping(splits, world.folder / "iconqa" / "pid_splits.json")
+    save_mapping(problems, world.folder / name / "problems.json")
+    save_mapping(splits, world.folder / name / "pid_splits.json")
     skills = {pid: [problem["label"]] for pid, problem in problems.items()}
-    save_mapping(skills, world.folder / "iconqa" / "pid2skills.json")
-    save_list(train, world.folder / "train_iconqa.json")
+    save_mapping(skills, world.folder / name / "pid2skills.json")
+    save_list(train, world.folder / f"train_{name}.json")
 
 
 def annotation_files(folder: Path) -> list[Path]:
@@ -676,6 +712,7 @@ def write_world(world: World, stamp: dict[str, Any]) -> None:
             write_gqa(world, split, skill)
         write_text(world, split)
     write_iconqa(world)
+    write_letters(world)
     hashes = {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in annotation_files(folder)
@@ -708,14 +745,20 @@ def chance(folder: Path) -> dict[str, float]:
         questions = read_json(folder / "gqa" / f"{skill}_test_questions.json").values()
         answers[f"tiny_{skill}"] = [question["answer"] for question in questions]
     answers["tiny_text"] = [row["answer"] for _, row in read_jsonl(folder / "text" / "questions_test.jsonl")]
-    problems = read_json(folder / "iconqa" / "problems.json")
-    pids = read_json(folder / "iconqa" / "pid_splits.json")["choose_txt_test"]
-    answers["tiny_iconqa"] = [problems[pid]["choices"][problems[pid]["answer"]] for pid in pids]
+    problems = test_problems(folder / "iconqa")
+    answers["tiny_iconqa"] = [problem["choices"][problem["answer"]] for problem in problems]
+    answers["tiny_letters"] = [LETTERS[problem["answer"]] for problem in test_problems(folder / "letters")]
 
     percent = {task: 100 * most_frequent(right)[1] / len(right) for task, right in answers.items()}
-    random_choice = 100 * sum(1 / len(problems[pid]["choices"]) for pid in pids) / len(pids)
+    random_choice = 100 * sum(1 / len(problem["choices"]) for problem in problems) / len(problems)
     percent["tiny_iconqa"] = max(percent["tiny_iconqa"], random_choice)
     return percent
+
+
+def test_problems(folder: Path) -> list[dict[str, Any]]:
+    """The test split of a downstream set."""
+    problems = read_json(folder / "problems.json")
+    return [problems[pid] for pid in read_json(folder / "pid_splits.json")["choose_txt_test"]]
 
 
 def most_frequent(values: Iterable[str]) -> tuple[str, int]:

@@ -71,6 +71,7 @@ def _texts(world: Path) -> Iterator[str]:
         "train_captions.json",
         "train_instructions.json",
         "train_iconqa.json",
+        "train_letters.json",
     ):
         for row in read_json(world / name):
             for turn in row["conversations"]:

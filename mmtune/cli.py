@@ -211,7 +211,8 @@ def _score(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from mmtune.evaluation.protocol import load_suite
-    from mmtune.evaluation.report import make_report, print_report
+    from mmtune.evaluation.report import make_report
+    from mmtune.evaluation.terminal import print_report
 
     suite = load_suite(options.suite)
     report = make_report(options.base, options.runs, suite, options.split, options.output_path)
@@ -222,7 +223,7 @@ def _sweep(options: argparse.Namespace) -> None:
     from mmtune.experiments.sweep import run_sweep
 
     report = run_sweep(options.yaml, options.overrides)
-    from mmtune.evaluation.report import print_report
+    from mmtune.evaluation.terminal import print_report
 
     print_report(report, _console())
     print(f"best: {report['best']}")

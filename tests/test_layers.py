@@ -19,7 +19,7 @@ parts.language parts.model
 tuning.base tuning.penalty tuning.frozen tuning.full tuning.lora tuning.sculpt
 evaluation.metrics.base evaluation.metrics.vqa evaluation.metrics.iconqa evaluation.metrics.gqa
 evaluation.metrics.exact evaluation.metrics evaluation.score evaluation.protocol evaluation.generate
-evaluation.evaluate evaluation.forgetting evaluation.report
+evaluation.evaluate evaluation.forgetting evaluation.terminal evaluation.frontier evaluation.report
 run
 training.folder training.optim training.checkpoint training.meter training.loop
 experiments.sweep

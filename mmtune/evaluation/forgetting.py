@@ -7,6 +7,7 @@ Scores, drops and their errors are in points, out of 100.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -200,6 +201,11 @@ def ci95(value: float, stderr: float | None) -> list[float] | None:
     return None if stderr is None else [value - Z95 * stderr, value + Z95 * stderr]
 
 
+def half_width(interval: Sequence[float] | None) -> float | None:
+    """The ± of an interval [low, high]; None where there is none."""
+    return None if interval is None else (interval[1] - interval[0]) / 2
+
+
 def paired_drop(base: Answers, tuned: Answers, task: str) -> tuple[float, float | None]:
     """The points lost on a task, and their standard error (None for a single question).
 
@@ -280,3 +286,11 @@ def group_by_config(
 def label_of(name: str) -> str:
     """A run's name without its seed: `lora_s0`, `lora-s1` and `lora_seed2` are all `lora`."""
     return re.sub(r"[-_]s(eed)?\d+$", "", name) or name
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Each name without the words that all of several begin with."""
+    words = [name.split("_") for name in names]
+    same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))
+    shared = min(len(list(same)), *(len(each) - 1 for each in words)) if len(names) > 1 else 0
+    return {name: "_".join(name.split("_")[shared:]) for name in names}

@@ -1,109 +1,32 @@
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import pytest
-import yaml
-from PIL import Image
 from rich.console import Console
 
 from mmtune.core.errors import UserError
 from mmtune.evaluation.forgetting import Z95
-from mmtune.evaluation.protocol import Suite
-from mmtune.evaluation.report import make_report, print_report
-
-SOURCE = [f"tiny_{name}" for name in ("reading", "colour", "shape", "place", "text")]
-TINY = Suite("tiny", SOURCE, ["tiny_iconqa"])
-TASKS = [*TINY.source, *TINY.target]
-
-
-def write_evaluation(
-    folder: Path, shares: Mapping[str, float], seed: int = 0, n: int = 200, model: str = "base model"
-) -> None:
-    """An evaluation in which about `shares[task]` of the n questions are right."""
-    folder.mkdir(parents=True)
-    results: dict[str, Any] = {}
-    for task, share in shares.items():
-        # Each question has a difficulty of its own, the same for every model, as real ones do.
-        hard, luck = random.Random(task), random.Random(f"{task} {seed} {share}")
-        rows = [
-            {
-                "question_id": i,
-                "prediction": "a",
-                "score": float(0.8 * hard.random() + 0.2 * luck.random() < share),
-                "cluster": f"picture {i // 2}",
-            }
-            for i in range(n)
-        ]
-        (folder / f"samples_{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        scores = [float(str(row["score"])) for row in rows]
-        results[task] = {
-            "score": 100 * fmean(scores),
-            "stderr": 100 * stdev(scores) / n**0.5,
-            "n": n,
-            "missing": 0,
-            "rule": "exact",
-            "metric": "accuracy",
-        }
-    written = {
-        "results": results,
-        "configs": {task: {"hash": f"protocol {task}"} for task in shares},
-        "model": "somewhere",
-        "model_hash": model,
-        "split": "test",
-        "splits": dict.fromkeys(shares, "test"),
-        "versions": {"torch": "2.11"},
-        "precision": "float32",
-        "batch_size": 32,
-        "data": {task: f"annotations {task}" for task in shares},
-    }
-    (folder / "results.json").write_text(json.dumps(written))
-
-
-def write_run(folder: Path, shares: Mapping[str, float], seed: int, rank: int = 4, n: int = 200) -> Path:
-    tune = {"language": {"tuner": "lora", "rank": rank}}
-    config = {"name": folder.name, "seed": seed, "tune": tune, "output": str(folder.parent)}
-    write_evaluation(folder / "eval" / "tiny-test", shares, seed, n, model=folder.name)
-    (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    (folder / "final").mkdir()
-    trained = {"config": f"hash of {folder.name}", "data": "d", "versions": {}, "step": 9, "seed": seed}
-    trained |= {"base": "base model", "model_hash": folder.name, "commit": "c-dirty"}
-    (folder / "final" / "trained.json").write_text(json.dumps(trained))
-    return folder
-
-
-def level(source: float, target: float) -> dict[str, float]:
-    return {task: source / 100 for task in SOURCE} | {"tiny_iconqa": target / 100}
-
-
-def base_of(folder: Path) -> Path:
-    write_evaluation(folder / "base" / "eval" / "tiny-test", level(92, 25))
-    return folder / "base"
-
-
-def world(folder: Path, groups: Mapping[str, tuple[float, float]], seeds: Sequence[int]) -> list[Path]:
-    runs = []
-    for rank, (name, (source, target)) in enumerate(groups.items()):
-        for seed in seeds:
-            wobble = random.Random(f"{name} {seed}")
-            at = level(source + wobble.gauss(0, 1.5), target + wobble.gauss(0, 1.5))
-            runs.append(write_run(folder / "runs" / f"{name}_s{seed}", at, seed, rank))
-    return runs
-
-
-def rewrite(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-GROUPS = {"lora": (40.0, 67.0), "lorasculpt": (80.0, 62.0)}
+from mmtune.evaluation.report import make_report
+from mmtune.evaluation.terminal import print_report
+from tests.made_up_runs import (
+    GROUPS,
+    SOURCE,
+    TASKS,
+    TINY,
+    base_of,
+    level,
+    rewrite,
+    world,
+    write_evaluation,
+    write_run,
+)
 
 
 def printed(report: dict[str, Any]) -> str:
@@ -185,27 +108,6 @@ def test_one_seed_has_no_sd_and_the_interval_of_its_run(tmp_path: Path) -> None:
     text = printed(report)
     assert "seeds" not in text.split("Source: mean of")[0]
     assert "a single seed" in text
-
-
-def test_table_is_plain_and_fits_100_columns_when_piped(tmp_path: Path) -> None:
-    report = make_report(
-        base_of(tmp_path), world(tmp_path, GROUPS, seeds=(0, 1)), TINY, "test", tmp_path / "out"
-    )
-    text = printed(report)
-    table, _, notes = text.partition("Source: mean of")
-    assert "\x1b" not in text
-    assert max(map(len, table.splitlines())) <= 100
-    assert "…" not in table
-    row = next(line for line in table.splitlines() if line.strip().startswith("lorasculpt "))
-    group = report["groups"][1]
-    numbers = [group[key]["mean"] for key in ("source", "target", "mean", "harmonic_mean")]
-    numbers += [group["drop"][task]["mean"] for task in SOURCE]
-    assert row.split() == ["lorasculpt", *[f"{number:.1f}" for number in numbers]]
-    assert "± SD, 2 seeds" in table
-    assert "± 95 %, questions" in table
-    assert "rule exact, n=200" in " ".join(notes.split())
-    assert str(tmp_path / "out" / "frontier.png") in notes
-    assert "WARNING" not in text
 
 
 def test_missing_predictions_and_other_circumstances_are_warned_of(tmp_path: Path) -> None:
@@ -325,19 +227,6 @@ def test_one_name_twice_is_refused(tmp_path: Path) -> None:
     base, runs = base_of(tmp_path), world(tmp_path, GROUPS, seeds=(0,))
     with pytest.raises(UserError, match="several runs of one name: lora_s0"):
         make_report(base, [*runs, runs[0]], TINY, "test", tmp_path / "out")
-
-
-@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
-def test_frontier_is_a_whole_picture_also_of_points_on_top_of_each_other(
-    tmp_path: Path, seeds: tuple[int, ...]
-) -> None:
-    same = {f"{name}_rather_long_name": (91.5, 25.5) for name in "abcdefgh"}
-    make_report(base_of(tmp_path), world(tmp_path, same, seeds), TINY, "test", tmp_path / "out")
-    with Image.open(tmp_path / "out" / "frontier.png") as image:
-        assert image.size == (1200, 848)
-        assert image.format == "PNG"
-        assert len(image.convert("RGB").getcolors(1 << 20) or []) > 20
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["frontier.png", "report.json"]
 
 
 def test_a_single_question_and_a_base_at_zero_leave_intervals_and_retention_undefined(tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""A report as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mmtune.evaluation.forgetting import half_width, short_names
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """The report as a table of at most 100 columns, and below it how the scores were made."""
+    made = report["made_with"]
+    short = short_names([*made["source"], *made["target"]])
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        title=f"Gained and forgotten, suite {made['suite']}, {_splits(made, short)} (points)",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column("", overflow="fold")
+    for heading in ("Source", "Target", "Mean", "H-mean"):
+        table.add_column(heading, justify="right", min_width=6)
+    for task in made["source"]:
+        table.add_column(f"lost on\n{short[task]}", justify="right", min_width=6, overflow="fold")
+    columns = ("source", "target", "mean", "harmonic_mean")
+    base = report["base"]
+    table.add_row(
+        Text(f"base: {base['name']}", style="bold"),
+        *[Text(f"{base[key]:.1f}", style="bold") for key in columns],
+        *["" for _ in made["source"]],
+    )
+    _add_intervals(table, "  ± 95 %, questions", [half_width(base.get(f"{key}_ci95")) for key in columns])
+    for group in report["groups"]:
+        table.add_section()
+        cells = [*(group[key] for key in columns), *(group["drop"][task] for task in made["source"])]
+        table.add_row(
+            Text(group["label"], style="bold"), *[Text(f"{cell['mean']:.1f}", style="bold") for cell in cells]
+        )
+        if len(group["seeds"]) > 1:
+            _add_intervals(table, f"  ± SD, {len(group['seeds'])} seeds", [cell["sd"] for cell in cells])
+        _add_intervals(table, "  ± 95 %, questions", [half_width(cell.get("ci95")) for cell in cells])
+    if not console.is_terminal:  # a pipe has no width of its own
+        console.width = max(console.width, 100)
+    console.print(table)
+    for line in _notes(report, short):
+        console.print(line)
+    for warning in report["warnings"]:
+        console.print(Text(f"WARNING: {warning}", style="bold yellow"))
+    console.print(Text("Written: " + ", ".join(report["files"].values())), soft_wrap=True)
+
+
+def _splits(made: Mapping[str, Any], short: Mapping[str, str]) -> str:
+    """The split that was asked, or each task's own where they differ."""
+    splits = made["splits"]
+    if len(set(splits.values())) == 1:
+        return f"split {next(iter(splits.values()))}"
+    return "splits " + ", ".join(f"{short[task]} {split}" for task, split in splits.items())
+
+
+def _add_intervals(table: Table, label: str, values: Sequence[float | None]) -> None:
+    cells = ["" if value is None else f"{value:.1f}" for value in values]
+    table.add_row(Text(label, style="dim"), *[Text(cell, style="dim") for cell in cells])
+
+
+def _notes(report: dict[str, Any], short: Mapping[str, str]) -> list[Text]:
+    made, base = report["made_with"], report["base"]
+    by_rule: dict[str, list[str]] = {}
+    for task in (*made["source"], *made["target"]):
+        row = base["scores"][task]
+        how = f"rule {row['rule']}, n={row['n']}"
+        by_rule.setdefault(how, []).append(f"{short[task]} {row['score']:.1f}")
+    scored = "; ".join(f"{', '.join(scores)} ({how})" for how, scores in by_rule.items())
+    missing = sum(row["missing"] for model in (base, *report["runs"]) for row in model["scores"].values())
+    notes = [
+        f"Source: mean of {', '.join(short[task] for task in made['source'])}. "
+        f"Target: {', '.join(short[task] for task in made['target'])}. "
+        "Lost: points below the base, paired question by question.",
+        "± 95 %, questions: had other questions been asked of these same models; nothing about seeds.",
+    ]
+    if any(len(group["seeds"]) > 1 for group in report["groups"]):
+        notes.append("± SD, seeds: between trainings that differ in the seed alone; nothing about questions.")
+    if any(len(group["seeds"]) == 1 for group in report["groups"]):
+        notes.append("Without an SD: a single seed, so how far another seed would fall from it is unknown.")
+    notes.append(f"Base: {scored}; predictions missing, all models: {missing}.")
+    return [Text(note) for note in notes]

@@ -417,7 +417,12 @@ def test_letters_and_shapes_are_told_apart() -> None:
 
 def test_no_sign_is_changed_by_the_reading_rule() -> None:
     rng = random.Random(0)
-    words = {tiny.random_word(rng, length) for length in (2, 3) for _ in range(60_000)}
+    words = {
+        tiny.random_word(rng, length, held)
+        for length in (2, 3)
+        for held in (False, True)
+        for _ in range(60_000)
+    }
     assert not words & {"A", "AN", "THE", "ONE", "TWO", "SIX", "TEN"}
     assert "AM" in words
 

@@ -21,7 +21,7 @@ evaluation.metrics.base evaluation.metrics.vqa evaluation.metrics.iconqa evaluat
 evaluation.metrics.exact evaluation.metrics evaluation.score evaluation.protocol evaluation.generate
 evaluation.evaluate evaluation.forgetting evaluation.terminal evaluation.frontier evaluation.report
 run
-training.folder training.optim training.checkpoint training.meter training.loop
+training.folder training.plan training.optim training.checkpoint training.meter training.loop
 experiments.sweep
 cli
 """.split()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import shutil
 from collections.abc import Iterable, Iterator
@@ -14,17 +13,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch.utils.data import DataLoader
 
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, write_json
 from mmtune.core.versions import commit, versions
-from mmtune.data.batches import Batch, Example, batch_order, check_pictures, collate_or_error, encode_samples
+from mmtune.data.batches import Batch, collate_or_error
 from mmtune.data.chat import IGNORE
-from mmtune.data.samples import image_first, read_llava
 from mmtune.parts.fingerprint import model_hash, start_hash
 from mmtune.parts.model import VisionLanguageModel, assemble
 from mmtune.parts.spec import PARTS, ModelOptions
@@ -33,7 +28,8 @@ from mmtune.training.checkpoint import cut_metrics, load_checkpoint, newest, pru
 from mmtune.training.folder import check_origin, done_folders, open_run
 from mmtune.training.meter import Meter
 from mmtune.training.optim import make_optimizer, schedule_factor, set_rates
-from mmtune.tuning.base import Row, Tuner
+from mmtune.training.plan import make_plan, print_tuning_table, read_examples
+from mmtune.tuning.base import Tuner
 
 
 def train(options: RunOptions, resume: bool = False) -> Path:
@@ -80,8 +76,8 @@ def _train_stage(
         for part in (model.vision, model.language):
             part.hf.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[union-attr,operator]
 
-    examples = _read_examples(model, stage)
-    plan = _plan(examples, stage, options.seed)
+    examples = read_examples(model.chat, stage)
+    plan = make_plan(examples, stage.train, options.seed)
     steps = len(plan)
     for tuner in tuners.values():
         tuner.start(steps)
@@ -193,60 +189,11 @@ def _attach(
     return rates
 
 
-def print_tuning_table(rows: list[Row]) -> None:
-    """One line per part and way of tuning; every module is in tuning_table.json."""
-    table = Table(title="What trains", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in ("part", "tuner", "modules", "trained", "of", "lr", "pruned", "regularised"):
-        table.add_column(heading, justify="left" if heading in ("part", "tuner") else "right")
-    for part in PARTS:
-        for tuner in dict.fromkeys(row.tuner for row in rows if row.part == part):
-            mine = [row for row in rows if row.part == part and row.tuner == tuner]
-            table.add_row(
-                part,
-                tuner,
-                str(len(mine)),
-                f"{sum(row.trained for row in mine):,}",
-                f"{sum(row.parameters for row in mine):,}",
-                next((f"{row.lr:g}" for row in mine if row.lr is not None), "-"),
-                str(sum(row.pruned for row in mine) or "-"),
-                str(sum(row.regularised for row in mine) or "-"),
-            )
-    Console(stderr=True).print(table)
-
-
-def _read_examples(model: VisionLanguageModel, stage: Stage) -> list[Example]:
-    samples = []
-    for data in stage.data:
-        read = read_llava(data.file(), data.images(), data.limit)
-        samples += [image_first(sample) for sample in read] if data.image_first else read
-    examples, skipped = encode_samples(samples, model.chat, stage.train.max_length, stage.train.too_long)
-    if skipped:
-        named = ", ".join(skipped[:10]) + (" ..." if len(skipped) > 10 else "")
-        Console(stderr=True).print(f"{len(skipped)} of {len(samples)} samples skipped as too long: {named}")
-    check_pictures(examples)
-    return examples
-
-
 def _whole(made: Batch | UserError) -> Batch:
     """A batch from the loader; what went wrong in a worker is raised here."""
     if isinstance(made, UserError):
         raise made
     return made
-
-
-def _plan(examples: list[Example], stage: Stage, seed: int) -> list[list[list[int]]]:
-    """For each optimiser step its micro-batches, as indices of examples."""
-    settings = stage.train
-    per_epoch = math.ceil(len(examples) / settings.batch_size)
-    steps = settings.steps or max(1, round(float(settings.epochs or 0) * per_epoch))
-    micro = settings.micro_batch_size or settings.batch_size
-    plan: list[list[list[int]]] = []
-    for epoch in itertools.count():
-        for batch in batch_order(examples, settings.batch_size, seed, epoch):
-            if len(plan) == steps:
-                return plan
-            plan.append([batch[i : i + micro] for i in range(0, len(batch), micro)])
-    raise AssertionError
 
 
 def _gradients(value: torch.Tensor, model: VisionLanguageModel) -> dict[torch.Tensor, torch.Tensor]:

@@ -1,10 +1,10 @@
 """The tiny world: small pictures with known contents, written in the layouts of the real benchmarks.
 
-A picture is 64 x 64 pixels, a grid of 4 x 4 cells with coloured shapes in some of them and, on every third,
-a sign of two or three letters. Five upstream tasks (reading, colour, shape, place, and text without
-pictures) and two downstream sets (counting and comparing, answered in words or with an option's letter) are
-asked about such scenes. A seed and a table of sizes fix every file; every split and purpose draws from a
-random stream of its own, so that changing the size of one leaves the others as they are.
+A picture is 64 x 64 pixels, a grid of 4 x 4 cells with coloured shapes in some of them and, on every
+third, a sign of two or three letters. Five upstream tasks (reading, colour, shape, place, and text without
+pictures) and two downstream sets (counting and comparing, answered in words or with an option's letter)
+are asked about such scenes. A seed and a table of sizes fix every file; every split and purpose draws
+from a random stream of its own, so that changing the size of one leaves the others as they are.
 """
 
 from __future__ import annotations

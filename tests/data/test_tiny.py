@@ -19,6 +19,7 @@ from PIL import Image
 
 from mmtune.core.errors import UserError
 from mmtune.data import tiny
+from mmtune.evaluation.protocol import load_protocol
 
 SMALL = tiny.Sizes(
     train=120, text=24, val=12, test=24, downstream_train=80, downstream_val=10, downstream_test=30, simple=20
@@ -353,22 +354,36 @@ def test_there_are_enough_text_questions_for_any_count() -> None:
     assert found == {"plus": 100, "backwards": 300}
 
 
-def test_downstream_is_iconqa(world: Path) -> None:
-    problems = load(world / "iconqa" / "problems.json")
-    splits = load(world / "iconqa" / "pid_splits.json")
-    skills = load(world / "iconqa" / "pid2skills.json")
-    train = {row["image"]: row for row in load(world / "train_iconqa.json")}
-    assert {name: len(pids) for name, pids in splits.items()} == {
+def with_choices(problem: dict[str, Any]) -> tuple[str, str]:
+    choices = ", ".join(problem["choices"])
+    question = f"{problem['question']}\nChoices: {choices}\nAnswer with one choice."
+    return question, problem["choices"][problem["answer"]]
+
+
+def with_letters(problem: dict[str, Any]) -> tuple[str, str]:
+    options = [f"{letter}. {text}" for letter, text in zip("ABCDE", problem["choices"], strict=False)]
+    return "\n".join([problem["question"], *options, "Answer with the option's letter."]), "ABCDE"[
+        problem["answer"]
+    ]
+
+
+@pytest.mark.parametrize(("name", "said_of"), [("iconqa", with_choices), ("letters", with_letters)])
+def test_downstream_is_iconqa(world: Path, name: str, said_of: Any) -> None:
+    problems = load(world / name / "problems.json")
+    splits = load(world / name / "pid_splits.json")
+    skills = load(world / name / "pid2skills.json")
+    train = {row["image"]: row for row in load(world / f"train_{name}.json")}
+    assert {kind: len(pids) for kind, pids in splits.items()} == {
         "choose_txt_train": 80,
         "choose_txt_val": 10,
         "choose_txt_test": 30,
     }
     assert sorted(pid for pids in splits.values() for pid in pids) == sorted(problems) == sorted(skills)
     assert len(train) == 80
-    for name, pids in splits.items():
-        split = name.removeprefix("choose_txt_")
+    for kind, pids in splits.items():
+        split = kind.removeprefix("choose_txt_")
         for pid in pids:
-            relative = f"iconqa/iconqa/{split}/choose_txt/{pid}"
+            relative = f"{name}/iconqa/{split}/choose_txt/{pid}"
             problem = load(world / relative / "data.json")
             assert problem == problems[pid]
             assert skills[pid] == [problem["label"]]
@@ -377,12 +392,26 @@ def test_downstream_is_iconqa(world: Path) -> None:
             right = problem["choices"][problem["answer"]]
             assert right == downstream_answer(problem["question"], objects)
             if split == "train":
-                prompt, answer = train[f"{relative}/image.png"]["conversations"]
-                assert prompt["value"] == (
-                    f"<image>\n{problem['question']}\nChoices: {', '.join(problem['choices'])}"
-                    "\nAnswer with one choice."
-                )
-                assert answer["value"] == right
+                assert said(train[f"{relative}/image.png"]) == [said_of(problem)]
+
+
+@pytest.mark.parametrize("name", ["iconqa", "letters"])
+def test_the_protocol_asks_as_the_training_rows_do(world: Path, name: str) -> None:
+    protocol = load_protocol(f"tiny_{name}")
+    questions, _ = protocol.questions("test", world)
+    of_test = load(world / name / "pid_splits.json")["choose_txt_test"]
+    problems = load(world / name / "problems.json")
+    said_of = {"iconqa": with_choices, "letters": with_letters}[name]
+    asked = [protocol.turns(question)[0].text.replace("<image>", "").strip() for question in questions]
+    assert asked == [said_of(problems[pid])[0] for pid in of_test]
+
+
+def test_the_two_downstream_sets_are_drawn_apart(world: Path) -> None:
+    pictures = {
+        name: {path.read_bytes() for path in (world / name).rglob("*.png")} for name in ("iconqa", "letters")
+    }
+    assert len(pictures["iconqa"]) == len(pictures["letters"]) == 120
+    assert not pictures["iconqa"] & pictures["letters"]
 
 
 @pytest.mark.parametrize(("make", "choices"), [(tiny.counting, 4), (tiny.comparing, 3)])
@@ -418,13 +447,31 @@ def test_letters_and_shapes_are_told_apart() -> None:
 def test_no_sign_is_changed_by_the_reading_rule() -> None:
     rng = random.Random(0)
     words = {
-        tiny.random_word(rng, length, held)
-        for length in (2, 3)
+        held: {tiny.random_word(rng, length, held) for length in (2, 3) for _ in range(60_000)}
         for held in (False, True)
-        for _ in range(60_000)
     }
-    assert not words & {"A", "AN", "THE", "ONE", "TWO", "SIX", "TEN"}
-    assert "AM" in words
+    assert not words[False] & words[True]
+    assert not {word[::-1] for word in words[False]} & words[True]
+    found = words[False] | words[True]
+    assert not found & {"A", "AN", "THE", "ONE", "TWO", "SIX", "TEN"}
+    assert "AM" in found
+    assert 0.15 < len(words[True]) / len(found) < 0.25
+
+
+def test_no_word_of_the_tests_occurs_in_training(world: Path) -> None:
+    train = set()
+    for row in load(world / "train_captions.json"):
+        train |= set(re.findall(r"sign ([A-Z]+)", said(row)[0][1]))
+    for row in load(world / "train_instructions.json"):
+        train |= {word for ask, _ in briefly(row) for word in re.findall(r"is ([A-Z]{3}) backwards", ask)}
+    assert len(train) > 40
+    train |= {word[::-1] for word in train}
+    for split in SPLITS:
+        signs = load(world / "textvqa" / f"TextVQA_0.5.1_{split}.json")["data"]
+        asked = {Counter(a.strip().upper() for a in sign["answers"]).most_common(1)[0][0] for sign in signs}
+        lines = (world / "text" / f"questions_{split}.jsonl").read_text().splitlines()
+        asked |= set(re.findall(r"is ([A-Z]{3}) backwards", " ".join(lines)))
+        assert len(asked) > 12 and not asked & train
 
 
 # ---- Seeds, stamps and folders ------------------------------------------------------------------------
@@ -467,7 +514,7 @@ def test_the_stamp_holds_the_hashes(world: Path) -> None:
         if name.endswith((".json", ".jsonl")) and not name.endswith(("data.json", "world.json"))
     }
     assert stamp["sha256"] == on_disk
-    assert stamp["pictures"] == 20 + 120 + 4 * (12 + 24) + 80 + 10 + 30
+    assert stamp["pictures"] == 20 + 120 + 4 * (12 + 24) + 2 * (80 + 10 + 30)
     assert not world.with_name("world.partial").exists()
 
 
@@ -505,11 +552,16 @@ def test_a_place_that_cannot_be_written(parent: str) -> None:
 def test_chance_is_the_share_of_the_commonest_answer(world: Path) -> None:
     percent = tiny.chance(world)
     assert set(percent) == {
-        "tiny_reading", "tiny_colour", "tiny_shape", "tiny_place", "tiny_text", "tiny_iconqa",
+        "tiny_reading", "tiny_colour", "tiny_shape", "tiny_place", "tiny_text", "tiny_iconqa", "tiny_letters",
     }  # fmt: skip
     colours = Counter(row["answer"] for row in load(world / "gqa" / "colour_test_questions.json").values())
     assert percent["tiny_colour"] == pytest.approx(100 * max(colours.values()) / 24)
     assert 25 <= percent["tiny_iconqa"] <= 60
+    letters = load(world / "letters" / "problems.json")
+    right = Counter(
+        letters[pid]["answer"] for pid in load(world / "letters" / "pid_splits.json")["choose_txt_test"]
+    )
+    assert percent["tiny_letters"] == pytest.approx(100 * max(right.values()) / 30)
     assert percent["tiny_reading"] < 15
 
 

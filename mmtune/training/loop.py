@@ -80,7 +80,7 @@ def _train_stage(
     plan = make_plan(examples, stage.train, options.seed)
     steps = len(plan)
     for tuner in tuners.values():
-        tuner.start(steps)
+        tuner.start(steps, options.seed)
 
     optimizer = make_optimizer(model, rates, settings.weight_decay)
     state: dict[str, Any] = {

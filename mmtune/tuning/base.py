@@ -37,13 +37,15 @@ TUNERS = Table(
 class PenaltyOptions:
     """A penalty on weights, added to the task's loss with `weight` (alpha or beta of LoRASculpt).
 
-    omega: of the retention mask. modules: what it falls on: `all` modules that train, those that are
+    kind: `conflict` weighs each entry with the retention mask M; `constant`, the control, weighs all alike,
+    with the root mean square of M over the matrix, so that only the mask's shape is missing. omega: of M.
+    modules: what it falls on: `all` modules that train, those that are
     `pruned`, or full module names under the part, with * for any part of a name; over several it is
     their mean.
     """
 
     weight: float
-    kind: Literal["conflict"] = "conflict"
+    kind: Literal["conflict", "constant"] = "conflict"
     omega: float = 1.0
     modules: Literal["all", "pruned"] | list[str] = "all"
 
@@ -102,8 +104,11 @@ class Tuner:
     def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Called once `step` optimiser steps are done."""
 
-    def start(self, steps: int) -> None:
-        """Called once the run's length in optimiser steps is known. Raises UserError where too short."""
+    def start(self, steps: int, seed: int) -> None:
+        """Called once the run's length in optimiser steps is known. Raises UserError where too short.
+
+        seed: the run's, for what a tuner draws at random.
+        """
 
     def densities(self) -> dict[str, float]:
         """What to log about sparsity."""

@@ -67,9 +67,10 @@ class FullTuner(Tuner):
 
         if not self.options.penalty or not self.matrices:
             return None
-        omega = self.options.penalty.omega
-        values = [drift_penalty(weight, initial, omega) for weight, initial in self.matrices.values()]
-        return self.options.penalty.weight * torch.stack(values).mean()
+        options = self.options.penalty
+        constant = options.kind == "constant"
+        values = [drift_penalty(w, initial, options.omega, constant) for w, initial in self.matrices.values()]
+        return options.weight * torch.stack(values).mean()
 
     def state(self) -> dict[str, torch.Tensor]:
         return {f"initial.{name}": initial for name, (_, initial) in self.matrices.items()}

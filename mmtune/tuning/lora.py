@@ -59,14 +59,14 @@ def check_lora(options: Any, fault: Report) -> None:
 
 class LoraTuner(Tuner):
     """Attaches the adapter. `layers` maps a target's full name to its peft layer; `penalised` are the names
-    of those that a penalty falls on.
+    of those that a penalty falls on; `known` is what it needs of each frozen weight, computed once.
     """
 
     def __init__(self, options: Any) -> None:
         self.options = options
         self.layers: dict[str, Any] = {}
         self.penalised: list[str] = []
-        self.norms: dict[str, torch.Tensor] = {}
+        self.known: dict[str, torch.Tensor] = {}
 
     def attach(self, model: VisionLanguageModel, part: str) -> list[Row]:
         from peft import LoraConfig, get_peft_model
@@ -107,7 +107,7 @@ class LoraTuner(Tuner):
     def penalty(self) -> torch.Tensor | None:
         import torch
 
-        from mmtune.tuning.penalty import conflict_penalty, frobenius
+        from mmtune.tuning.penalty import conflict_penalty, constant_penalty, frobenius, mean_square_mask
 
         penalty = self.options.penalty
         if not penalty:
@@ -115,9 +115,14 @@ class LoraTuner(Tuner):
         values = []
         for name in self.penalised:
             weight = self.layers[name].get_base_layer().weight
-            if name not in self.norms:
-                self.norms[name] = frobenius(weight)
-            values.append(conflict_penalty(weight, *self.pair(name), penalty.omega, self.norms[name]))
+            if penalty.kind == "constant":
+                if name not in self.known:
+                    self.known[name] = mean_square_mask(weight, penalty.omega)
+                values.append(constant_penalty(self.known[name], *self.pair(name)))
+            else:
+                if name not in self.known:
+                    self.known[name] = frobenius(weight)
+                values.append(conflict_penalty(weight, *self.pair(name), penalty.omega, self.known[name]))
         return penalty.weight * torch.stack(values).mean()
 
     def _rows(self, part: str, core: nn.Module) -> list[Row]:

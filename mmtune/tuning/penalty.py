@@ -7,17 +7,20 @@ and an update that falls on them costs more. With D = B A and G = M^2 * D
     dN/dB = G A^T / N        dN/dA = B^T G / N        N^2 = <B, G A^T>
 
 so one pass over tiles of W gives the value and both gradients, and nothing of size p x q is kept.
+The control replaces M^2 by its mean c^2 over the matrix: G = c^2 D, and only r x r products are needed.
 Where D = 0 (B before its first step) value and gradients are 0. An all-zero W has M = 0.
 Source: Liang et al., LoRASculpt, CVPR 2025, arXiv 2503.16843.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 TILE_ENTRIES = 1 << 20
+Products = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def retention_mask_squared(tile: torch.Tensor, norm: torch.Tensor, omega: float) -> torch.Tensor:
@@ -36,6 +39,17 @@ def frobenius(weight: torch.Tensor) -> torch.Tensor:
     )
 
 
+def mean_square_mask(weight: torch.Tensor, omega: float = 1.0) -> torch.Tensor:
+    """c^2, the mean of M^2 over a weight (p x q), summed in fp64."""
+    dtype = _precision(weight)
+    norm = frobenius(weight).to(dtype)
+    tiles = weight.detach().split(_rows(weight))
+    sums = [
+        retention_mask_squared(t.to(dtype, copy=True), norm, omega).sum(dtype=torch.float64) for t in tiles
+    ]
+    return torch.stack(sums).sum() / weight.numel()
+
+
 def conflict_penalty(
     weight: torch.Tensor,
     lora_a: torch.Tensor,
@@ -48,28 +62,46 @@ def conflict_penalty(
     weight: frozen, p x q, any float type. lora_a: r x q. lora_b: p x r. norm: ||weight||_F where it is
     known already. Computed in fp32, or fp64 where the adapter is.
     """
-    return _Conflict.apply(
-        weight.detach(), lora_a, lora_b, omega, frobenius(weight) if norm is None else norm
-    )
+    norm = (frobenius(weight) if norm is None else norm).to(_precision(lora_a))
+    frozen = weight.detach()
+
+    def products(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        b_g, g_a = torch.zeros_like(a), torch.empty_like(b)
+        rows = _rows(frozen)
+        for start in range(0, frozen.shape[0], rows):
+            part = slice(start, start + rows)
+            g = retention_mask_squared(frozen[part].to(a.dtype, copy=True), norm, omega)
+            g.mul_(b[part] @ a)
+            g_a[part] = g @ a.T
+            b_g.addmm_(b[part].T, g)
+        return b_g, g_a
+
+    return _OfUpdate.apply(lora_a, lora_b, products)
 
 
-class _Conflict(torch.autograd.Function):
+def constant_penalty(mean_square: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> torch.Tensor:
+    """c ||B A||_F: the conflict penalty with a mask that is the same everywhere, as a control.
+
+    mean_square: c^2, of `mean_square_mask`. lora_a: r x q. lora_b: p x r. Precision as above.
+    """
+    square = mean_square.to(_precision(lora_a))
+
+    def products(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return square * (b.T @ b) @ a, square * b @ (a @ a.T)
+
+    return _OfUpdate.apply(lora_a, lora_b, products)
+
+
+class _OfUpdate(torch.autograd.Function):
+    """N and its gradients for A (r x q) and B (p x r), from a function (A, B) -> (B^T G, G A^T)."""
+
     @staticmethod
-    def forward(
-        ctx: Any, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, omega: float, norm: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor, products: Products) -> torch.Tensor:
         dtype = _precision(a)
         # Under autocast the products would be bf16, in which most of this penalty's gradient is lost.
         with torch.autocast(a.device.type, enabled=False):
             a_, b_ = a.detach().to(dtype), b.detach().to(dtype)
-            grad_a, grad_b = torch.zeros_like(a_), torch.empty_like(b_)
-            rows = _rows(weight)
-            for start in range(0, weight.shape[0], rows):
-                part = slice(start, start + rows)
-                g = retention_mask_squared(weight[part].to(dtype, copy=True), norm.to(dtype), omega)
-                g.mul_(b_[part] @ a_)
-                grad_b[part] = g @ a_.T
-                grad_a.addmm_(b_[part].T, g)
+            grad_a, grad_b = products(a_, b_)
             value = (b_ * grad_b).sum().clamp_min(0).sqrt()
             scale = torch.where(value > 0, 1 / value, torch.zeros_like(value))
             ctx.save_for_backward((grad_a * scale).to(a.dtype), (grad_b * scale).to(b.dtype))
@@ -78,25 +110,31 @@ class _Conflict(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_a, grad_b = ctx.saved_tensors
-        return None, grad * grad_a, grad * grad_b, None, None
+        return grad * grad_a, grad * grad_b, None
 
 
-def drift_penalty(weight: torch.Tensor, initial: torch.Tensor, omega: float = 1.0) -> torch.Tensor:
+def drift_penalty(
+    weight: torch.Tensor, initial: torch.Tensor, omega: float = 1.0, constant: bool = False
+) -> torch.Tensor:
     """||M0 * (W - W0)||_F for a weight that trains in full, M0 from its initial value W0; 0 at W = W0.
 
-    weight, initial: p x q. dN/dW = M0^2 * (W - W0) / N.
+    weight, initial: p x q. constant: M0^2 is replaced by its mean, the control. dN/dW = M0^2 * (W - W0) / N.
     """
-    return _Drift.apply(weight, initial, omega)
+    return _Drift.apply(weight, initial, omega, constant)
 
 
 class _Drift(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, initial: torch.Tensor, omega: float) -> torch.Tensor:
+    def forward(
+        ctx: Any, weight: torch.Tensor, initial: torch.Tensor, omega: float, constant: bool
+    ) -> torch.Tensor:
         dtype = _precision(weight)
         drift = weight.detach().to(dtype) - initial.to(dtype)
-        g = retention_mask_squared(initial.to(dtype, copy=True), frobenius(initial).to(dtype), omega).mul_(
-            drift
-        )
+        if constant:
+            g = drift * mean_square_mask(initial, omega).to(dtype)
+        else:
+            norm = frobenius(initial).to(dtype)
+            g = retention_mask_squared(initial.to(dtype, copy=True), norm, omega).mul_(drift)
         value = (g * drift).sum().clamp_min(0).sqrt()
         scale = torch.where(value > 0, 1 / value, torch.zeros_like(value))
         ctx.save_for_backward((g * scale).to(weight.dtype))
@@ -104,7 +142,7 @@ class _Drift(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return grad * ctx.saved_tensors[0], None, None
+        return grad * ctx.saved_tensors[0], None, None, None
 
 
 def _rows(weight: torch.Tensor) -> int:

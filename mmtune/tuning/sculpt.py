@@ -4,11 +4,13 @@ Semantics: when `prune_at` optimiser steps are done, k = floor(density * numel) 
 magnitude stay in each tensor (ties to the lowest index), the rest become zero in memory, so in the
 next forward pass and in every file. Their Adam moments become zero too, and their gradients are zero
 from then on before clipping, so they cannot come back and do not weigh on the clip norm.
+With `support: random`, the control, k entries drawn at random stay instead; all else is the same.
 Source: Liang et al., LoRASculpt, CVPR 2025, arXiv 2503.16843.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -27,9 +29,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class SculptOptions:
-    """LoRA's options and, beside them, density (the fraction kept of A and of B) and prune_at.
+    """LoRA's options and, beside them, density (the fraction kept of A and of B), prune_at and support.
 
-    prune_at: a number of optimiser steps, or a fraction of the run where it is below 1.
+    prune_at: a number of optimiser steps, or a fraction of the run where it is below 1. support: which
+    entries stay, those of largest `magnitude`, or as many `random` ones, drawn from the run's seed.
     """
 
     lr: float
@@ -40,6 +43,7 @@ class SculptOptions:
     targets: str | list[str] = "all-linear"
     density: float = 0.1
     prune_at: float = 100
+    support: Literal["magnitude", "random"] = "magnitude"
     penalty: PenaltyOptions | None = None
 
     def check(self, fault: Report) -> None:
@@ -60,6 +64,7 @@ class SculptTuner(LoraTuner):
         super().__init__(options)
         self.part = ""
         self.prune_step = 0
+        self.seed = 0
         self.masks: dict[str, torch.Tensor] = {}
         self.product_density: tuple[float, float] | None = None
 
@@ -80,7 +85,8 @@ class SculptTuner(LoraTuner):
                 )
         return rows
 
-    def start(self, steps: int) -> None:
+    def start(self, steps: int, seed: int) -> None:
+        self.seed = seed
         at = self.options.prune_at
         self.prune_step = int(at) if at >= 1 else math.ceil(round(at * steps, 6))
         if self.prune_step >= steps:
@@ -97,11 +103,14 @@ class SculptTuner(LoraTuner):
         for name, parameter in self._tensors():
             if not parameter.any():
                 raise UserError(
-                    f"{name} is all zero at step {step}, so there is no largest entry to keep",
+                    f"{name} is all zero at step {step}, so there is nothing to prune",
                     where=f"tune.{self.part}.prune_at",
                     mend="Prune later, once warm-up has moved the weights.",
                 )
-            masks[name] = largest(parameter.detach(), self.options.density)
+            if self.options.support == "random":
+                masks[name] = drawn(parameter, self.options.density, f"{self.seed}/{name}")
+            else:
+                masks[name] = largest(parameter.detach(), self.options.density)
         self._hold(masks)
         for name, parameter in self._tensors():
             parameter.data.masked_fill_(~masks[name], 0)
@@ -171,6 +180,18 @@ def largest(tensor: torch.Tensor, density: float) -> torch.Tensor:
     mask = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
     mask[order[: support_size(tensor.numel(), density)]] = True
     return mask.view(tensor.shape)
+
+
+def drawn(tensor: torch.Tensor, density: float, seed: str) -> torch.Tensor:
+    """A bool mask of `support_size` entries of `tensor`, drawn uniformly; no other random number changes."""
+    import torch
+
+    digest = hashlib.sha256(seed.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    order = torch.randperm(tensor.numel(), generator=generator)
+    mask = torch.zeros(tensor.numel(), dtype=torch.bool)
+    mask[order[: support_size(tensor.numel(), density)]] = True
+    return mask.view(tensor.shape).to(tensor.device)
 
 
 def expected_product_density(density_a: float, density_b: float, rank: int) -> float:

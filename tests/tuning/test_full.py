@@ -97,6 +97,23 @@ def test_the_penalty_is_the_weighted_mean_over_matrices(model: VisionLanguageMod
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-8)
 
 
+def test_a_constant_penalty_weighs_every_entry_alike(model: VisionLanguageModel) -> None:
+    tuner = FullOptions(lr=1e-3, penalty=PenaltyOptions(0.3, kind="constant", omega=2.0)).make()
+    tuner.attach(model, "connector")
+    matrices = [model.connector.get_parameter(f"linear_{i}.weight") for i in (1, 2)]
+    initial = [matrix.detach().clone() for matrix in matrices]
+    with torch.no_grad():
+        for parameter in model.connector.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    expected = [
+        reference.retention_mask(w0, 2.0).square().mean().sqrt() * (w.double() - w0.double()).norm()
+        for w, w0 in zip(matrices, initial, strict=True)
+    ]
+    found = tuner.penalty()
+    assert found is not None
+    torch.testing.assert_close(found.double(), 0.3 * torch.stack(expected).mean(), rtol=1e-5, atol=0)
+
+
 def test_a_penalty_falls_on_the_named_modules_alone(model: VisionLanguageModel) -> None:
     tuner = FullOptions(lr=1e-3, penalty=PenaltyOptions(1.0, modules=["*_2"])).make()
     rows = tuner.attach(model, "connector")

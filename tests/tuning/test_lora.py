@@ -186,6 +186,22 @@ def test_a_penalty_falls_on_the_named_modules_alone(model: VisionLanguageModel) 
     torch.testing.assert_close(found.double(), torch.stack(expected).mean(), rtol=1e-5, atol=0)
 
 
+def test_a_constant_penalty_weighs_every_entry_alike(model: VisionLanguageModel) -> None:
+    """As much as the mask's root mean square over each layer's weight."""
+    tuner = attached(model, penalty=PenaltyOptions(0.3, kind="constant", omega=2.0))
+    for name in tuner.layers:
+        nn.init.normal_(tuner.pair(name)[1])
+    for _ in range(2):  # the second time with what was kept
+        found = tuner.penalty()
+        assert found is not None
+        expected = []
+        for name, layer in tuner.layers.items():
+            a, b = tuner.pair(name)
+            c = reference.retention_mask(layer.get_base_layer().weight, 2.0).square().mean().sqrt()
+            expected.append(c * (b.double() @ a.double()).norm())
+        torch.testing.assert_close(found.double(), 0.3 * torch.stack(expected).mean(), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize(
     "modules", [["model.layers.0.self_attn.o_proj"], ["mlp.up_proj"], ["*.q_proj", "lm_head"]]
 )

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmtune.tuning import penalty
-from mmtune.tuning.penalty import conflict_penalty, drift_penalty, frobenius
+from mmtune.tuning.penalty import (
+    conflict_penalty,
+    constant_penalty,
+    drift_penalty,
+    frobenius,
+    mean_square_mask,
+)
 from tests.tuning import lorasculpt_reference as reference
 
 
@@ -140,11 +146,15 @@ def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
     weight, a, b = drawn(40, 30, 4, dtype=dtype)
     plain = conflict(weight, a, b)
     plain_drift = value_and_gradients(lambda w: drift_penalty(w, weight), weight + 0.1)
+    c2 = mean_square_mask(weight)
+    plain_constant = value_and_gradients(lambda a, b: constant_penalty(c2, a, b), a, b)
     with torch.autocast("cpu", torch.bfloat16):
         inside = conflict(weight, a, b)
         inside_drift = value_and_gradients(lambda w: drift_penalty(w, weight), weight + 0.1)
+        inside_constant = value_and_gradients(lambda a, b: constant_penalty(c2, a, b), a, b)
     assert all(torch.equal(x, y) for x, y in zip(plain, inside, strict=True))
     assert all(torch.equal(x, y) for x, y in zip(plain_drift, inside_drift, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(plain_constant, inside_constant, strict=True))
 
 
 def test_the_frozen_weight_gets_no_gradient() -> None:
@@ -170,6 +180,55 @@ def test_drift_equals_the_reference(dtype: torch.dtype, relative: float, omega: 
     )
     assert [t.dtype for t in found] == [dtype] * 2
     assert_near(found, expected, relative)
+
+
+def level(weight: Tensor, omega: float) -> Tensor:
+    """c, the root mean square of the mask."""
+    return reference.retention_mask(weight, omega).square().mean().sqrt()
+
+
+@pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize(
+    ("dtype", "relative"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["fp64", "fp32"]
+)
+@pytest.mark.parametrize("omega", [0.3, 1.0, 5.0])
+def test_a_constant_mask_equals_the_reference(dtype: torch.dtype, relative: float, omega: float) -> None:
+    """On B A and on drift alike, with the mask's mean weight and nothing of its shape."""
+    weight, a, b = drawn(23, 17, 4, dtype=dtype)
+    c = level(weight, omega)
+    found = value_and_gradients(lambda a, b: constant_penalty(mean_square_mask(weight, omega), a, b), a, b)
+    expected = value_and_gradients(lambda a, b: reference.frobenius_norm(c * (b @ a)), a.double(), b.double())
+    assert [t.dtype for t in found] == [dtype] * 3
+    assert_near(found, expected, relative)
+
+    trained = weight + 0.1 * drawn(23, 17, 1, seed=1, dtype=dtype)[0]
+    drift = value_and_gradients(lambda w: drift_penalty(w, weight, omega, constant=True), trained)
+    expected = value_and_gradients(
+        lambda w: reference.frobenius_norm(c * (w - weight.double())), trained.double()
+    )
+    assert_near(drift, expected, relative)
+    shaped = value_and_gradients(lambda w: drift_penalty(w, weight, omega), trained)
+    assert (shaped[1] - drift[1]).abs().max() > 0.01 * drift[1].abs().max()
+
+
+def test_a_constant_mask_of_a_bf16_weight_is_summed_in_fp64() -> None:
+    weight = drawn(300, 200, 1, dtype=torch.bfloat16)[0]
+    expected = level(weight, 1.0).square().item()
+    assert mean_square_mask(weight).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("zero", ["a", "b", "weight"])
+def test_a_constant_mask_gives_zero_and_no_nan(zero: str) -> None:
+    tensors = dict(zip(("weight", "a", "b"), drawn(6, 5, 2), strict=True))
+    tensors[zero].zero_()
+    c2 = mean_square_mask(tensors["weight"])
+    for found in value_and_gradients(lambda a, b: constant_penalty(c2, a, b), tensors["a"], tensors["b"]):
+        assert not found.any()
+    weight = tensors["weight"]
+    assert not any(
+        t.any()
+        for t in value_and_gradients(lambda w: drift_penalty(w, weight, constant=True), weight.clone())
+    )
 
 
 def test_no_drift_and_a_zero_start_give_zero_and_no_nan() -> None:

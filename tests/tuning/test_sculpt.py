@@ -21,7 +21,7 @@ from mmtune.core.errors import UserError
 from mmtune.parts import VisionLanguageModel
 from mmtune.tuning.base import PenaltyOptions
 from mmtune.tuning.full import FullOptions
-from mmtune.tuning.sculpt import SculptOptions, SculptTuner, largest
+from mmtune.tuning.sculpt import SculptOptions, SculptTuner, drawn, largest
 from tests import tiny_models as tiny
 from tests.tuning import lorasculpt_reference as reference
 from tests.tuning.lorasculpt_reference import IGNORED, Layer
@@ -95,7 +95,7 @@ def toy_tuners(toy: Any) -> tuple[SculptTuner, Any]:
     full = FullOptions(lr=2e-3, penalty=PenaltyOptions(BETA, omega=OMEGA)).make()
     full.attach(toy, "connector")
     sculpt.attach(toy, "language")
-    sculpt.start(STEPS)
+    sculpt.start(STEPS, seed=0)
     return sculpt, full
 
 
@@ -241,7 +241,7 @@ def advance(model: VisionLanguageModel, tuner: SculptTuner, optimizer: Any, step
 
 def test_exactly_k_entries_from_the_prune_on(model: VisionLanguageModel) -> None:
     tuner, optimizer = attached(model, density=0.29)
-    tuner.start(6)
+    tuner.start(6, seed=0)
     advance(model, tuner, optimizer, range(1, 2))
     assert tuner.densities() == {} and tuner.masks == {}
     advance(model, tuner, optimizer, range(2, 3))
@@ -258,7 +258,7 @@ def test_exactly_k_entries_from_the_prune_on(model: VisionLanguageModel) -> None
 
 def test_the_prune_changes_nothing_on_the_support(model: VisionLanguageModel) -> None:
     tuner, optimizer = attached(model, prune_at=3)
-    tuner.start(6)
+    tuner.start(6, seed=0)
     advance(model, tuner, optimizer, range(1, 3))
     tuner.prune_step = 0
     advance(model, tuner, optimizer, range(3, 4))
@@ -278,7 +278,7 @@ def test_the_prune_changes_nothing_on_the_support(model: VisionLanguageModel) ->
 def test_gradients_are_zero_outside_before_clipping(model: VisionLanguageModel) -> None:
     """And add up inside over the micro-batches as they would without the hook."""
     tuner, optimizer = attached(model)
-    tuner.start(6)
+    tuner.start(6, seed=0)
     advance(model, tuner, optimizer, range(1, 3))
     parameters = dict(tuner._tensors())
     batches = [tiny.batch([1, 0, 2], seed=seed) for seed in (50, 51)]
@@ -296,9 +296,36 @@ def test_gradients_are_zero_outside_before_clipping(model: VisionLanguageModel) 
     assert norm > 1 and torch.stack([g.norm() for g in held]).norm().item() == pytest.approx(1, rel=1e-4)
 
 
+def test_a_random_support_is_drawn_from_seed_and_name(model: VisionLanguageModel) -> None:
+    """Reproducible, of the right size, another for each seed and tensor, and held to the end."""
+    tuner, optimizer = attached(model, density=0.29, support="random")
+    tuner.start(6, seed=3)
+    advance(model, tuner, optimizer, range(1, 2))
+    state = torch.get_rng_state()
+    tuner.after_step(2, optimizer)
+    assert torch.equal(torch.get_rng_state(), state)
+    advance(model, tuner, optimizer, range(3, 7))
+    tuner.finish()
+    for name, parameter in tuner._tensors():
+        mask = tuner.masks[name]
+        assert int(mask.sum()) == math.floor(0.29 * mask.numel())
+        assert not parameter.detach()[~mask].any()
+        assert torch.equal(drawn(parameter, 0.29, f"3/{name}"), mask)
+        assert not torch.equal(drawn(parameter, 0.29, f"4/{name}"), mask)
+        assert not torch.equal(drawn(parameter, 0.29, f"3/{name}x"), mask)
+
+
+def test_a_random_support_is_uniform() -> None:
+    """Over many draws each entry stays as often as any other."""
+    counts = sum(drawn(torch.empty(5, 8), 0.3, str(seed)).double() for seed in range(2000))
+    assert isinstance(counts, torch.Tensor)
+    # Binomial: mean 600, SD 20.5; forty entries within 4.5 SD.
+    assert (counts - 600).abs().max() < 92 and counts.std() > 5
+
+
 def test_densities_next_to_what_independence_predicts(model: VisionLanguageModel) -> None:
     tuner, optimizer = attached(model, density=0.5)
-    tuner.start(6)
+    tuner.start(6, seed=0)
     advance(model, tuner, optimizer, range(1, 3))
     found = tuner.densities()
     assert found["density_a"] == pytest.approx(0.5) and found["density_b"] == pytest.approx(0.5)
@@ -310,7 +337,7 @@ def test_densities_next_to_what_independence_predicts(model: VisionLanguageModel
 
 def test_an_all_zero_tensor_is_not_pruned(model: VisionLanguageModel) -> None:
     tuner, optimizer = attached(model, prune_at=1)
-    tuner.start(6)
+    tuner.start(6, seed=0)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     with pytest.raises(UserError, match=r"lora_B is all zero at step 1"):
@@ -322,7 +349,7 @@ def test_an_all_zero_tensor_is_not_pruned(model: VisionLanguageModel) -> None:
 )
 def test_the_prune_step(model: VisionLanguageModel, prune_at: float, steps: int, expected: int) -> None:
     tuner, _ = attached(model, prune_at=prune_at)
-    tuner.start(steps)
+    tuner.start(steps, seed=0)
     assert tuner.prune_step == expected
 
 
@@ -330,12 +357,12 @@ def test_the_prune_step(model: VisionLanguageModel, prune_at: float, steps: int,
 def test_an_unreachable_prune_step(model: VisionLanguageModel, prune_at: float, steps: int) -> None:
     tuner, _ = attached(model, prune_at=prune_at)
     with pytest.raises(UserError, match=f"the run ends after {steps}"):
-        tuner.start(steps)
+        tuner.start(steps, seed=0)
 
 
 def test_a_run_in_which_nothing_was_pruned(model: VisionLanguageModel) -> None:
     tuner, optimizer = attached(model, prune_at=5)
-    tuner.start(6)
+    tuner.start(6, seed=0)
     advance(model, tuner, optimizer, range(1, 3))
     with pytest.raises(RuntimeError, match="nothing was pruned"):
         tuner.finish()
@@ -343,7 +370,7 @@ def test_a_run_in_which_nothing_was_pruned(model: VisionLanguageModel) -> None:
 
 def test_an_entry_that_came_back_is_noticed(model: VisionLanguageModel) -> None:
     tuner, optimizer = attached(model)
-    tuner.start(6)
+    tuner.start(6, seed=0)
     advance(model, tuner, optimizer, range(1, 3))
     name, parameter = tuner._tensors()[0]
     with torch.no_grad():
@@ -367,14 +394,14 @@ def test_only_the_language_model_is_pruned(model: VisionLanguageModel, part: str
 def test_state_goes_on_where_it_stopped(model: VisionLanguageModel, tmp_path: Path) -> None:
     tuner, optimizer = attached(model)
     assert tuner.state() == {}
-    tuner.start(6)
+    tuner.start(6, seed=0)
     advance(model, tuner, optimizer, range(1, 4))
     saved = {name: tensor.clone() for name, tensor in tuner.state().items()}
     weights, moments = model.state_dict(), deepcopy(optimizer.state_dict())
 
     other = tiny.model(tmp_path / "again")
     resumed, its_optimizer = attached(other)
-    resumed.start(6)
+    resumed.start(6, seed=0)
     other.load_state_dict(weights)
     its_optimizer.load_state_dict(moments)
     resumed.load_state(saved)
@@ -390,7 +417,7 @@ def test_state_goes_on_where_it_stopped(model: VisionLanguageModel, tmp_path: Pa
 def test_state_before_the_prune_holds_no_mask(model: VisionLanguageModel) -> None:
     tuner, optimizer = attached(model)
     tuner.load_state({})
-    tuner.start(6)
+    tuner.start(6, seed=0)
     advance(model, tuner, optimizer, range(1, 4))
     tuner.finish()
 
@@ -398,7 +425,7 @@ def test_state_before_the_prune_holds_no_mask(model: VisionLanguageModel) -> Non
 def test_the_saved_adapter_is_sparse(model: VisionLanguageModel, tmp_path: Path) -> None:
     """In the file, by its own tensor names, and as peft loads it."""
     tuner, optimizer = attached(model)
-    tuner.start(6)
+    tuner.start(6, seed=0)
     advance(model, tuner, optimizer, range(1, 6))
     model.eval().save_pretrained(tmp_path / "final")
     folder = tmp_path / "final/adapter/language"

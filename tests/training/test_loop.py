@@ -189,6 +189,22 @@ def test_the_norms_of_task_and_penalty_are_those_of_autograd(world: Path, tmp_pa
     assert logged["penalty_grad_norm"] > 0.01
 
 
+@pytest.mark.parametrize("part", ["connector", "language"])
+@pytest.mark.parametrize("kind", ["conflict", "constant"])
+def test_each_penalty_can_stand_alone(world: Path, tmp_path: Path, part: str, kind: str) -> None:
+    """Without pruning, and without one on the other part; it pulls on what it falls on."""
+    penalty = {"kind": kind, "weight": 3.0}
+    options = run_options(world, tmp_path, tune={**PLAIN, part: {**PLAIN[part], "penalty": penalty}})
+    train(options)
+    plain = run_options(world, tmp_path, "plain")
+    train(plain)
+    lines, without = metrics(options.folder), metrics(plain.folder)
+    assert [{key for key in line if key.startswith("penalty_")} for line in lines] == [
+        {f"penalty_{part}", "penalty_grad_norm"}
+    ] * 3
+    assert lines[0]["loss"] == without[0]["loss"] and lines[-1]["grad_norm"] != without[-1]["grad_norm"]
+
+
 def retention(weight: torch.Tensor, omega: float) -> torch.Tensor:
     return torch.tanh(omega * (1 / torch.log(weight.abs() / weight.norm() + 1e-15)).abs()).detach()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmtune.core.errors import UserError
+from mmtune.parts.spec import PARTS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--tasks", help="names with commas between")
     what.add_argument("--suite", help="the name of a suite, or a YAML file of your own")
     evaluate.add_argument("--split", help="of every task (default: each task's own reporting split)")
+    evaluate.add_argument(
+        "--restore", choices=PARTS, help="put this part back as it is in the base: what sits in it?"
+    )
+    evaluate.add_argument(
+        "--base", type=Path, help="the model that this one was trained from (default: where its run says)"
+    )
     evaluate.add_argument("--output_path", type=Path, required=True)
     evaluate.add_argument("--batch_size", type=_positive, default=32)
     evaluate.add_argument("--limit", type=_positive, help="only the first so many questions of each task")
@@ -152,22 +159,23 @@ def _train(options: argparse.Namespace) -> None:
         print(f"trained: {final}")
     if not wanted or not suite:
         return
-    from mmtune.evaluation.evaluate import evaluate, print_results
+    from mmtune.evaluation.evaluate import evaluate_suite, print_results
 
-    place = run.folder / suite.folder(wanted.split)
-    made = evaluate(
+    evaluations = evaluate_suite(
         final,
-        suite.tasks,
-        place,
-        split=wanted.split,
+        suite,
+        run.folder,
+        wanted.split,
+        wanted.attribution,
         batch_size=wanted.batch_size,
         limit=wanted.limit,
         root=wanted.root,
         dtype=wanted.dtype,
-        skip_done=True,
     )
-    print_results(made, _console())
-    print(f"evaluated: {place / 'results.json'}")
+    for made in evaluations:
+        print_results(made, _console())
+    written = [run.folder / suite.folder(wanted.split, made.get("restored")) for made in evaluations]
+    print(f"evaluated: {', '.join(str(place / 'results.json') for place in written)}")
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -187,6 +195,8 @@ def _eval(options: argparse.Namespace) -> None:
         seed=options.seed,
         predict_only=options.predict_only,
         skip_done=options.skip_done,
+        restore=options.restore,
+        base=options.base,
     )
     if not options.predict_only:
         print_results(made, _console())

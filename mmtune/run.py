@@ -13,7 +13,7 @@ from mmtune.core.config import Report, Source, chosen_by, leaves, parse, to_dict
 from mmtune.core.errors import UserError
 from mmtune.core.table import nearest
 from mmtune.data.cards import load_card
-from mmtune.parts.spec import ModelOptions
+from mmtune.parts.spec import PARTS, ModelOptions
 from mmtune.tuning.base import TUNERS
 from mmtune.tuning.frozen import FrozenOptions
 
@@ -151,7 +151,8 @@ class EvaluateOptions:
 
     split: of every task; by default each has its own reporting split. limit: the first so many questions
     of each task. root: where the data lies, instead of the protocols' own. dtype: float32 whatever the
-    model trained in, since only there the size of a batch changes no answer.
+    model trained in, since only there the size of a batch changes no answer. attribution: evaluates again
+    with each part that trained put back as in the base, to see where gain and forgetting sit.
     """
 
     suite: str
@@ -161,6 +162,7 @@ class EvaluateOptions:
     limit: int | None = None
     root: Path | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    attribution: bool = False
 
     def check(self, fault: Report) -> None:
         for name in ("batch_size", "limit"):
@@ -207,6 +209,10 @@ class RunOptions:
                 fault("stages", "an empty list")
         if not self.name or "/" in self.name or self.name.startswith("."):
             fault("name", f"'{self.name}' cannot be the name of a folder")
+        whole = self.model.base and not any(getattr(self.model, part) for part in PARTS)
+        if self.evaluate and self.evaluate.attribution and not whole:
+            mend = "Start from model.base alone, or leave attribution out."
+            fault("evaluate.attribution", "there is no base model whose parts could be put back", mend)
 
     @property
     def folder(self) -> Path:

@@ -158,7 +158,7 @@ def mistakes(world: Path, empty: Path) -> dict[str, tuple[list[object], str]]:
     return {
         "no YAML": (["train", missing], "no such file"),
         "a folder for a YAML": (["train", empty], "this is a folder"),
-        "no base": (["train", run, f"model.base={missing}"], "there is no folder"),
+        "no base to train": (["train", run, f"model.base={missing}"], "there is no folder"),
         "another's base": (["train", run, f"model.base={empty}/base"], "not the config of an mmtune model"),
         "broken base": (["train", run, f"model.base={empty}/broken"], "not valid JSON"),
         "no data": (["train", run, f"data.0.path={missing}"], "there is no file"),
@@ -190,6 +190,8 @@ def mistakes(world: Path, empty: Path) -> dict[str, tuple[list[object], str]]:
             ["eval", "--model", "base", *tasks, *out, "a=1"],
             "unrecognized arguments",
         ),
+        "no base": (["eval", "--model", "base", *tasks, *out, "--restore", "language"], "no trained.json"),
+        "no such part": (["eval", "--model", "base", *tasks, *out, "--restore", "tower"], "invalid choice"),
         "both": (
             ["eval", "--model", "base", *tasks, *out, "--predict_only", "--skip_done"],
             "not allowed with",

@@ -20,9 +20,10 @@ from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, write_json, write_text
 from mmtune.core.versions import versions
 from mmtune.evaluation.metrics.base import some
-from mmtune.evaluation.protocol import load_protocol
+from mmtune.evaluation.protocol import Suite, load_protocol
+from mmtune.evaluation.restore import check_restorable, find_base
 from mmtune.evaluation.score import score_predictions
-from mmtune.parts.fingerprint import model_hash
+from mmtune.parts.fingerprint import changed_parts, model_hash
 
 
 def evaluate(
@@ -38,19 +39,27 @@ def evaluate(
     seed: int = 0,
     predict_only: bool = False,
     skip_done: bool = False,
+    restore: str | None = None,
+    base: Path | None = None,
 ) -> dict[str, Any]:
     """Writes `results.json` and, for each task, `samples_TASK.jsonl` (or only the answers) to `output`.
 
     Every annotation file is read before the model is loaded. split: of every task; by default each has its
     own reporting split. limit: the first so many questions of each task. seed: stamped, no more, for
     decoding is greedy. skip_done: where `output` holds these results of this very model already, they are
-    returned. Raises UserError.
+    returned. restore: a part that is put back as it is in `base`, the model folder that this one was trained
+    from (by default where its run says). Raises UserError.
     """
+    if base is not None and restore is None:
+        raise UserError("a base is given, but no part to put back", mend="Give --restore as well.")
     twice = sorted({task for task in tasks if list(tasks).count(task) > 1})
     if twice:
         raise UserError(f"tasks are given twice: {some(twice)}", mend="Name each task once.")
     protocols = [load_protocol(task) for task in tasks]
     asked = [(protocol, *protocol.questions(split, root)) for protocol in protocols]
+    if restore is not None:
+        base = find_base(model_folder, base)
+        check_restorable(model_folder, restore, base)
     results: dict[str, Any] = {}
     made: dict[str, Any] = {
         "results": results,
@@ -58,6 +67,9 @@ def evaluate(
         "data": {p.task: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for p, _, file in asked},
         "model": str(model_folder),
         "model_hash": model_hash(model_folder),
+        "restored": restore,
+        "base": str(base) if base else None,
+        "base_hash": model_hash(base) if base else None,
         "split": split or "test",
         "splits": {p.task: split or p.report_split for p in protocols},
         "limit": limit,
@@ -77,7 +89,8 @@ def evaluate(
     from mmtune.evaluation.generate import best_device, generate_answers
     from mmtune.parts.model import VisionLanguageModel
 
-    model = VisionLanguageModel.from_pretrained(model_folder, dtype=dtype).to(best_device())
+    instead = {restore: base} if restore and base else {}
+    model = VisionLanguageModel.from_pretrained(model_folder, dtype=dtype, instead=instead).to(best_device())
     for protocol, questions, _ in asked:
         questions = questions[:limit]
         images = (root or protocol.root) / protocol.images
@@ -102,6 +115,29 @@ def evaluate(
     return made
 
 
+def evaluate_suite(
+    model_folder: Path, suite: Suite, place: Path, split: str | None, attribution: bool = False, **how: Any
+) -> list[dict[str, Any]]:
+    """Evaluates a run's model on a suite, under `place`, where `mmtune report` looks; done ones are kept.
+
+    attribution: then again with each part that was trained put back as in the base, one at a time.
+    how: as `evaluate` takes it. Raises UserError.
+    """
+    restored = changed_parts(model_folder, find_base(model_folder)) if attribution else []
+    return [
+        evaluate(
+            model_folder,
+            suite.tasks,
+            place / suite.folder(split, part),
+            split=split,
+            skip_done=True,
+            restore=part,
+            **how,
+        )
+        for part in (None, *restored)
+    ]
+
+
 def _finished(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """The results that lie in `output`, where all that decides them is as wanted."""
     samples = [output / f"samples_{task}.jsonl" for task in wanted["configs"]]
@@ -109,14 +145,15 @@ def _finished(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = read_json(output / "results.json")
     hashes = [{task: config["hash"] for task, config in each["configs"].items()} for each in (found, wanted)]
-    decides = ("model_hash", "data", "splits", "limit", "decoding", "precision")
+    decides = ("model_hash", "restored", "base_hash", "data", "splits", "limit", "decoding", "precision")
     same = hashes[0] == hashes[1] and all(found.get(key) == wanted[key] for key in decides)
     return found if same else None
 
 
 def print_results(made: dict[str, Any], console: Console) -> None:
     """A line per task: score, standard error, how it was scored, how many questions."""
-    table = Table(title=made["model"])
+    restored = made.get("restored")
+    table = Table(title=made["model"] + (f", {restored} as in {made['base']}" if restored else ""))
     for heading in ("task", "split", "score", "stderr", "rule", "questions", "missing"):
         table.add_column(heading, justify="left" if heading in ("task", "split", "rule") else "right")
     for task, result in made["results"].items():

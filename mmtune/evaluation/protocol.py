@@ -139,12 +139,15 @@ class Suite:
         """All of them, source first."""
         return [*self.source, *self.target]
 
-    def folder(self, split: str | None = None) -> Path:
+    def folder(self, split: str | None = None, restored: str | None = None) -> Path:
         """Where the suite's evaluation lies under a run: eval/SUITE-SPLIT.
 
         Where each task is asked on its own reporting split (`split` is None) it is eval/SUITE-test.
+        With a part put back as in the base it is eval/SUITE-SPLIT-restore-PART.
         """
-        return Path("eval") / f"{self.name}-{split or 'test'}"
+        return Path("eval") / (
+            f"{self.name}-{split or 'test'}" + (f"-restore-{restored}" if restored else "")
+        )
 
 
 def task_names() -> list[str]:

@@ -62,7 +62,7 @@ def run_sweep(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
 
     Raises UserError where the folder of a run holds another run than the sweep asks for.
     """
-    from mmtune.evaluation.evaluate import evaluate
+    from mmtune.evaluation.evaluate import evaluate_suite
     from mmtune.evaluation.protocol import load_suite
     from mmtune.evaluation.report import make_report
     from mmtune.training.folder import open_run
@@ -75,17 +75,14 @@ def run_sweep(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
         open_run(run, resume=True) for run in runs
     ]  # what cannot go on is said before anything trains
 
-    def score(model: Path, place: Path) -> None:
-        output = place / suite.folder(options.split)
-        evaluate(model, suite.tasks, output, split=options.split, skip_done=True)
-
-    score(options.base, base)
+    evaluate_suite(options.base, suite, base, options.split)
     for run, done in zip(runs, finished, strict=True):
         if not done:
             from mmtune.training.loop import train
 
             train(run, resume=True)
-        score(run.folder / "final", run.folder)
+        attribution = run.evaluate is not None and run.evaluate.attribution
+        evaluate_suite(run.folder / "final", suite, run.folder, options.split, attribution)
     report = make_report(base, [run.folder for run in runs], suite, options.split, folder / "report")
     best = max(report["runs"], key=lambda run: run[options.choose])
     return {**report, "best": best["name"]}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, shipped
@@ -27,20 +28,21 @@ def model_hash(folder: str | Path) -> str:
     Raises UserError where the folder is no model.
     """
     folder = shipped(folder)
-    if not folder.is_dir():
-        raise UserError("no such folder", where=folder)
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or not all(isinstance(config.get(part), dict) for part in PARTS):
-        raise UserError("not the config of an mmtune model", where=folder / "config.json")
-    described = dict(config)
-    for part in PARTS:
-        contents = {
-            key: _content(folder.resolve() / name, name)
-            for key, name in config[part].items()
-            if key in REFERENCES and name
-        }
-        described[part] = {**config[part], **contents}
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+    config = _config(folder)
+    parts = {part: {**config[part], **_contents(folder, config[part])} for part in PARTS}
+    described = json.dumps({**config, **parts}, sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+def changed_parts(folder: str | Path, base: str | Path) -> list[str]:
+    """The parts of a model whose weights, tokenizer or adapter are not those of another. Raises UserError."""
+    folders = shipped(folder), shipped(base)
+    configs = [_config(each) for each in folders]
+    return [
+        part
+        for part in PARTS
+        if _contents(folders[0], configs[0][part]) != _contents(folders[1], configs[1][part])
+    ]
 
 
 def start_hash(model: ModelOptions) -> str | None:
@@ -50,6 +52,24 @@ def start_hash(model: ModelOptions) -> str | None:
     """
     replaced = [part for part in PARTS if getattr(model, part) is not None]
     return model_hash(model.base) if model.base and not replaced else None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UserError("no such folder", where=folder)
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or not all(isinstance(config.get(part), dict) for part in PARTS):
+        raise UserError("not the config of an mmtune model", where=folder / "config.json")
+    return config
+
+
+def _contents(folder: Path, part: dict[str, Any]) -> dict[str, str | list[list[str]]]:
+    """What a part's config refers to, by content."""
+    return {
+        key: _content(folder.resolve() / name, name)
+        for key, name in part.items()
+        if key in REFERENCES and name
+    }
 
 
 def _content(place: Path, name: str) -> str | list[list[str]]:

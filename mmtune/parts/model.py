@@ -7,7 +7,7 @@ name of where its weights come from; peft adapters lie under `adapter/PART`.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,7 +117,7 @@ class VisionLanguageModel(nn.Module):
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int) -> list[list[int]]:
         """Greedy answers to left-padded prompts, without the end token."""
-        hf = self.language.hf
+        hf, ends = self.language.hf, self.end_ids
         own = hf.generation_config
         # A checkpoint may bring a repetition penalty or a list of suppressed words: not greedy any more.
         hf.generation_config = GenerationConfig()
@@ -129,12 +129,12 @@ class VisionLanguageModel(nn.Module):
                 do_sample=False,
                 num_beams=1,
                 use_cache=True,
-                eos_token_id=self.end_ids,
+                eos_token_id=ends,
                 pad_token_id=self.language.pad_id,
             )
         finally:
             hf.generation_config = own
-        return [_until(row.tolist(), self.end_ids) for row in answers]
+        return [_until(row.tolist(), ends) for row in answers]
 
     @property
     def end_ids(self) -> list[int]:
@@ -175,19 +175,26 @@ class VisionLanguageModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, dtype: str = "float32", merge: bool = False
+        cls,
+        folder: str | Path,
+        dtype: str = "float32",
+        merge: bool = False,
+        instead: Mapping[str, str | Path] | None = None,
     ) -> VisionLanguageModel:
         """Restores a model folder, adapters included, in evaluation mode.
 
         Its config alone is read; the folder's name means nothing. merge: adapters are folded into the
-        weights. Raises UserError where a file is missing or broken.
+        weights. instead: parts that are taken from another model folder, adapter and all.
+        Raises UserError where a file is missing or broken.
         """
-        options = read_options(folder)
-        model = assemble(replace(options, dtype=dtype))  # type: ignore[arg-type]
-        for name, adapter in _adapters(folder).items():
-            model.load_adapter(name, adapter)
-            if merge:
-                model.merge_adapter(name)
+        places = dict.fromkeys(PARTS, folder) | dict(instead or {})
+        parts = {name: getattr(read_options(place), name) for name, place in places.items()}
+        model = assemble(ModelOptions(base=None, dtype=dtype, **parts))  # type: ignore[arg-type]
+        for name, place in places.items():
+            if adapter := _adapters(place).get(name):
+                model.load_adapter(name, adapter)
+                if merge:
+                    model.merge_adapter(name)
         return model.eval()
 
     def load_adapter(self, name: str, folder: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mmtune.core.errors import UserError
 from mmtune.parts import fingerprint
-from mmtune.parts.fingerprint import model_hash, start_hash
+from mmtune.parts.fingerprint import changed_parts, model_hash, start_hash
 from mmtune.parts.spec import ConnectorOptions, ModelOptions
 from mmtune.tuning.lora import LoraOptions
 from tests import tiny_models as tiny
@@ -95,3 +95,19 @@ def test_where_a_run_starts(project: Path) -> None:
 def test_no_torch_for_a_hash() -> None:
     code = "import sys, mmtune.parts.fingerprint; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_changed_parts_are_those_of_other_content(tmp_path: Path) -> None:
+    base = tiny.model(tmp_path)
+    base.save_pretrained(tmp_path / "base")
+    shutil.copytree(tmp_path / "base", tmp_path / "copy")
+    assert changed_parts(tmp_path / "copy", tmp_path / "base") == []
+    LoraOptions(lr=1e-3, rank=2).make().attach(base, "language")
+    base.save_pretrained(tmp_path / "deep" / "lora")
+    assert changed_parts(tmp_path / "deep" / "lora", tmp_path / "base") == ["language"]
+    file = tmp_path / "copy" / "connector" / "model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] += 1e-6
+    save_file(tensors, file)
+    assert changed_parts(tmp_path / "copy", tmp_path / "base") == ["connector"]
+    assert changed_parts(tmp_path / "copy", tmp_path / "deep" / "lora") == ["connector", "language"]

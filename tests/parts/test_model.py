@@ -516,3 +516,45 @@ def test_a_missing_adapter_is_named(model: VisionLanguageModel, tmp_path: Path) 
     (tmp_path / "final/adapter/language/adapter_config.json").unlink()
     with pytest.raises(UserError, match=r"adapter_config\.json"):
         VisionLanguageModel.from_pretrained(tmp_path / "final")
+
+
+def test_a_part_put_back(model: VisionLanguageModel, tmp_path: Path) -> None:
+    """A tuned model with one part of its base is what the untuned model is with the other parts tuned."""
+    batch = tiny.batch(MIXED)
+    model.save_pretrained(tmp_path / "base")
+    tuned = VisionLanguageModel.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for parameter in tuned.connector.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    tuned.options.connector.weights = None  # type: ignore[union-attr]
+    connector_alone = logits(tuned, batch)
+    attach_lora(tuned, "language")
+    tuned.eval().save_pretrained(tmp_path / "tuned")
+    whole = logits(tuned, batch)
+    tuned.connector.load_state_dict(model.connector.state_dict())
+    language_alone = logits(tuned, batch)
+
+    def made(**instead: Path) -> torch.Tensor:
+        return logits(VisionLanguageModel.from_pretrained(tmp_path / "tuned", instead=instead), batch)
+
+    base = tmp_path / "base"
+    torch.testing.assert_close(made(), whole, rtol=0, atol=0)
+    torch.testing.assert_close(made(language=base), connector_alone, rtol=0, atol=0)
+    torch.testing.assert_close(made(connector=base), language_alone, rtol=0, atol=0)
+    torch.testing.assert_close(made(connector=base, language=base), logits(model, batch), rtol=0, atol=0)
+    different = [whole, connector_alone, language_alone, logits(model, batch)]
+    for i, one in enumerate(different):
+        assert all((one - other).abs().max() > 0.1 for other in different[:i])
+
+
+def test_an_adapter_of_the_base_is_put_back_with_its_part(model: VisionLanguageModel, tmp_path: Path) -> None:
+    plain = logits(model, tiny.batch(MIXED))
+    attach_lora(model, "language")
+    model.eval().save_pretrained(tmp_path / "first")
+    second = assemble(ModelOptions(base=str(tmp_path / "first"))).eval()
+    with torch.no_grad():
+        second.language.hf.get_output_embeddings().weight.mul_(2)
+    second.save_pretrained(tmp_path / "second")
+    back = VisionLanguageModel.from_pretrained(tmp_path / "second", instead={"language": tmp_path / "first"})
+    assert same(back, model)
+    assert (logits(back, tiny.batch(MIXED)) - plain).abs().max() > 0.1

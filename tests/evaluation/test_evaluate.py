@@ -198,7 +198,8 @@ def test_a_part_is_put_back_and_the_results_say_so(place: Path, tuned: Path) -> 
         assert (made["base"], made["model_hash"]) == (str(base.resolve()), model_hash(final))
         console = Console(file=StringIO(), width=200)
         print_results(made, console)
-        assert f"{final}, {part} as in {base.resolve()}" in console.file.getvalue()  # type: ignore[attr-defined]
+        printed = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+        assert f"{final}, {part} as in {base.resolve()}" in printed
         # The same model the other way round: the base with the other part tuned.
         VisionLanguageModel.from_pretrained(base, instead={kept: final}).save_pretrained(
             place / f"{part} hand"

@@ -53,6 +53,23 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
     train.set_defaults(run=_train)
 
+    check = commands.add_parser(
+        "check", help="find every fault of a run and its data; show what is trained on"
+    )
+    check.add_argument("yaml", type=Path, help="the run's YAML")
+    check.add_argument("overrides", nargs="*", metavar="key=value")
+    check.add_argument(
+        "--samples", type=_count, default=3, metavar="N", help="how many are shown (default: 3)"
+    )
+    check.add_argument(
+        "--pictures",
+        type=_count,
+        default=1000,
+        metavar="N",
+        help="how many pictures are decoded, spread over all of them (default: 1000); all have to exist",
+    )
+    check.set_defaults(run=_check)
+
     evaluate = commands.add_parser("eval", help="a model's scores on tasks or a suite")
     evaluate.add_argument(
         "--model", type=Path, required=True, help="a model folder, for example runs/NAME/final"
@@ -136,6 +153,20 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, found {text}")
     return number
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, found {text}")
+    return number
+
+
+def _check(options: argparse.Namespace) -> None:
+    from mmtune.training.check import check_run
+
+    check_run(options.yaml, options.overrides, options.samples, options.pictures)
+    print("no faults")
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -197,8 +197,8 @@ def build(cls: type, tree: Any, key: Path_, source: Source) -> Any:
     """An instance of the dataclass `cls`, or None where `source` gathered a fault.
 
     A class may define `check(fault)`, called with a `Report`. Where some fields are faulty already, their
-    defaults stand in for them, and what `check` says of them or of the whole is not passed on: it may be
-    a consequence only.
+    defaults or an `_Unknown` stand in for them, and what `check` says of them or of the whole is not passed
+    on: it may be a consequence only.
     """
     if not isinstance(tree, dict):
         source.fault(key, f"expected a mapping, found {_describe(tree)}")
@@ -211,7 +211,7 @@ def build(cls: type, tree: Any, key: Path_, source: Source) -> Any:
             source.fault((*key, name), f"unknown key '{name}'", nearest(name, list(fields)))
     values: dict[str, Any] = {}
     faulty: set[str] = set()
-    incomplete = False  # nothing can stand in for a faulty field without a default
+    unknown: dict[str, Any] = {}  # what is faulty and has no default
     for name, field in fields.items():
         inner = (*key, name)
         needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -226,10 +226,9 @@ def build(cls: type, tree: Any, key: Path_, source: Source) -> Any:
         if len(source.faults) > so_far:
             faulty.add(name)
             values.pop(name, None)
-            incomplete = incomplete or needed
-    if incomplete:
-        return None
-    made = cls(**values)
+            if needed:
+                unknown[name] = _Unknown()
+    made = cls(**values, **unknown)
 
     def report(field: str, what: str, mend: str = "") -> None:
         if not faulty or (field and field.split(".")[0] not in faulty):
@@ -237,8 +236,32 @@ def build(cls: type, tree: Any, key: Path_, source: Source) -> Any:
 
     check: Callable[[Report], None] | None = getattr(made, "check", None)
     if check is not None:
-        check(report)
+        try:
+            check(report)
+        except Exception:
+            if not unknown:  # otherwise it went on to what cannot be told without the field
+                raise
     return made if len(source.faults) == before else None
+
+
+class _Unknown:
+    """The value of a field that is missing: too small, too large or wrong it is not."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __contains__(self, item: object) -> bool:
+        return True
+
+    def _compare(self, other: object) -> bool:
+        return False
+
+    __lt__ = __le__ = __gt__ = __ge__ = _compare
+
+    def _calculate(self, other: object) -> _Unknown:
+        return self
+
+    __mod__ = __rmod__ = __add__ = __radd__ = __mul__ = __rmul__ = _calculate
 
 
 def _build_chosen(choose: tuple[str, Table, str | None], tree: Any, key: Path_, source: Source) -> Any:

@@ -94,7 +94,7 @@ def encode_samples(
     return examples, skipped
 
 
-def check_pictures(examples: Sequence[Example]) -> None:
+def check_pictures(examples: Sequence[Example | Sample]) -> None:
     """Raises UserError with the first samples whose pictures are missing, before one of them is due."""
     missing: dict[Path, str] = {}
     known: set[Path] = set()

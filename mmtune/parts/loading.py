@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging
@@ -23,8 +23,11 @@ def from_pretrained(cls: Any, weights: str, **options: Any) -> Any:
 
     Raises UserError where the folder is missing or broken, or a weight is missing or has another shape.
     Weights in the file that the model has no use for (a CLIP text tower, layers above the one that is
-    used) are left unread.
+    used) are left unread. Within `torch.device("meta")` all are: the model then has shapes and nothing
+    else, and the files of a folder are only looked at, whether they are there and whole.
     """
+    if torch.get_default_device().type == "meta":
+        return _outline(cls, weights, options.get("config"))
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     before = logging.get_verbosity()
@@ -93,6 +96,22 @@ def own_weights(part: nn.Module) -> dict[str, torch.Tensor]:
 def torch_dtype(name: str) -> torch.dtype:
     """float32 or bfloat16 by name."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _outline(cls: Any, weights: str, config: PretrainedConfig | None) -> Any:
+    folder = Path(weights)
+    files = sorted(folder.glob("*.safetensors"))
+    if folder.is_dir() and not files:
+        raise UserError("no file of weights, *.safetensors, in this folder", where=weights)
+    for file in files:
+        try:
+            with safe_open(file, "pt"):  # reads the header, which says how long the file has to be
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"not a whole safetensors file: {error}", where=file) from None
+    make = getattr(cls, "from_config", cls)
+    with refusals(weights):
+        return make(config or load_config(weights))
 
 
 def _unloadable(weights: str, error: Exception) -> UserError:

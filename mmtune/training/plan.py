@@ -11,13 +11,13 @@ from rich.table import Table
 
 from mmtune.data.batches import Example, batch_order, check_pictures, encode_samples
 from mmtune.data.chat import Chat
-from mmtune.data.samples import image_first, read_llava
+from mmtune.data.samples import Sample, image_first, read_llava
 from mmtune.parts.spec import PARTS
-from mmtune.run import Stage, TrainOptions
+from mmtune.run import DataOptions, Stage, TrainOptions
 from mmtune.tuning.base import Row
 
 
-def print_tuning_table(rows: list[Row]) -> None:
+def print_tuning_table(rows: list[Row], console: Console | None = None) -> None:
     """One line per part and way of tuning; every module is in tuning_table.json."""
     table = Table(title="What trains", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in ("part", "tuner", "modules", "trained", "of", "lr", "pruned", "regularised"):
@@ -35,7 +35,7 @@ def print_tuning_table(rows: list[Row]) -> None:
                 str(sum(row.pruned for row in mine) or "-"),
                 str(sum(row.regularised for row in mine) or "-"),
             )
-    Console(stderr=True).print(table)
+    (console or Console(stderr=True)).print(table)
 
 
 def read_examples(chat: Chat, stage: Stage) -> list[Example]:
@@ -43,16 +43,19 @@ def read_examples(chat: Chat, stage: Stage) -> list[Example]:
 
     Raises UserError where samples or their pictures are faulty.
     """
-    samples = []
-    for data in stage.data:
-        read = read_llava(data.file(), data.images(), data.limit)
-        samples += [image_first(sample) for sample in read] if data.image_first else read
+    samples = [sample for data in stage.data for sample in read_samples(data)]
     examples, skipped = encode_samples(samples, chat, stage.train.max_length, stage.train.too_long)
     if skipped:
         named = ", ".join(skipped[:10]) + (" ..." if len(skipped) > 10 else "")
         Console(stderr=True).print(f"{len(skipped)} of {len(samples)} samples skipped as too long: {named}")
     check_pictures(examples)
     return examples
+
+
+def read_samples(data: DataOptions) -> list[Sample]:
+    """The samples of one entry of `data`, pictures first where it says so. Raises UserError."""
+    read = read_llava(data.file(), data.images(), data.limit)
+    return [image_first(sample) for sample in read] if data.image_first else read
 
 
 def make_plan(examples: list[Example], settings: TrainOptions, seed: int) -> list[list[list[int]]]:

@@ -1,0 +1,283 @@
+"""Everything that can be wrong with a run, found before weights are loaded, and a look at what it trains on.
+
+The model is put together without weights: configs, tokenizer and the shapes of tensors are all it takes to
+encode the samples and to attach the tuners as training does.
+"""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from mmtune.core.config import Source, build
+from mmtune.core.errors import Fault, UserError
+from mmtune.data.batches import Example, check_pictures, encode_samples
+from mmtune.data.chat import IGNORE, IMAGE, IMAGE_ID, Chat
+from mmtune.data.image import load_image
+from mmtune.data.samples import MOST_FAULTS, Sample
+from mmtune.evaluation.protocol import load_protocol, load_suite
+from mmtune.parts.model import VisionLanguageModel, assemble
+from mmtune.parts.spec import PARTS, ModelOptions
+from mmtune.run import DataOptions, EvaluateOptions, RunOptions, Stage, TrainOptions, TuneOptions
+from mmtune.training.plan import make_plan, print_tuning_table, read_samples
+from mmtune.tuning.base import Row
+
+Key = tuple[str, ...]
+# Stands in for a faulty `train`, of which was told: it must be no reason to find anything.
+NO_LIMITS = TrainOptions(batch_size=1, steps=1, max_length=10**9)
+
+
+@dataclass
+class StageFound:
+    """What is known of a stage: its tuning table, its samples, and how many steps it takes."""
+
+    name: str
+    rows: list[Row] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    decoded: int = 0
+    pictures: int = 0
+    steps: int = 0
+    chat: Chat | None = None
+
+
+def check_run(path: Path, overrides: Sequence[str] = (), samples: int = 3, pictures: int = 1000) -> None:
+    """Prints what each stage of a run trains, on what, and the first `samples` as the model will see them.
+
+    pictures: how many of them are decoded, spread evenly; all have to exist. Raises UserError with every
+    fault of the config, the model's folder, the training data and the evaluation's files at once.
+    """
+    source = Source(path, list(overrides))
+    options: RunOptions | None = build(RunOptions, source.tree, (), source)
+    faults = list(source.faults)
+
+    def gather(key: Key, work: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return work(*arguments)
+        except UserError as error:
+            faults.extend(_placed(fault, source, key) for fault in error.faults)
+            return None
+
+    found = []
+    model = options.model if options else _block(source, ModelOptions, "model")
+    for key, stage in _stages(source, options):
+        outline = gather((), outline_of, model) if model else None
+        found.append(_check_stage(gather, key, stage, outline, options, pictures))
+    evaluation = options.evaluate if options else _block(source, EvaluateOptions, "evaluate")
+    if evaluation:
+        gather(("evaluate",), _check_evaluation, evaluation)
+    if options:
+        for number, stage_found in enumerate(found, start=1):
+            _print_stage(stage_found, number if len(found) > 1 else None, options, samples)
+    if faults:
+        raise UserError.of(dict.fromkeys(faults))  # stages share a model, and perhaps its faults
+
+
+def outline_of(options: ModelOptions) -> VisionLanguageModel:
+    """The model without its weights: every tensor has its shape and no values. Raises UserError."""
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.filterwarnings("ignore", message=".*which is a no-op")  # values that go nowhere, as meant
+        return assemble(options)
+
+
+def _check_stage(
+    gather: Callable[..., Any],
+    key: Key,
+    stage: Stage,
+    model: VisionLanguageModel | None,
+    options: RunOptions | None,
+    pictures: int,
+) -> StageFound:
+    found = StageFound(stage.name, chat=model.chat if model else None)
+    tuners = {part: getattr(stage.tune, part).make() for part in PARTS}
+    attached = []
+    if model:
+        with torch.device("meta"):
+            for part, tuner in tuners.items():
+                rows = gather(key, tuner.attach, model, part)
+                found.rows += rows or []
+                if rows is not None:
+                    attached.append(tuner)
+
+    read = [gather((), read_samples, data) for data in stage.data]
+    samples: list[Sample] = [sample for some in read for sample in some or []]
+    encoded = None
+    if found.chat and samples:
+        settings = stage.train
+        encoded = gather(key, encode_samples, samples, found.chat, settings.max_length, settings.too_long)
+    shown: Sequence[Example | Sample] = samples
+    if encoded:
+        found.examples, found.skipped = encoded
+        shown = found.examples
+    gather((), check_pictures, shown)
+    paths = [path for path in dict.fromkeys(path for one in shown for path in one.images) if path.is_file()]
+    found.pictures = len(paths)
+    chosen = [paths[i * len(paths) // pictures] for i in range(pictures)] if pictures < len(paths) else paths
+    found.decoded = len(chosen)
+    gather((), _decode, chosen)
+    if options and encoded and None not in read:
+        found.steps = len(make_plan(found.examples, stage.train, options.seed))
+        for tuner in attached:
+            gather(key, tuner.start, found.steps)
+    return found
+
+
+def _decode(paths: Iterable[Path]) -> None:
+    faults: list[Fault] = []
+    for path in paths:
+        try:
+            load_image(path)
+        except UserError as error:
+            faults += error.faults
+        if len(faults) >= MOST_FAULTS:
+            faults.append(Fault("there may be more pictures like these; these are the first"))
+            break
+    if faults:
+        raise UserError.of(faults)
+
+
+def _check_evaluation(options: EvaluateOptions) -> None:
+    """The suite, each task's annotation file, and whether the pictures it names are there."""
+    faults: list[Fault] = []
+    for task in load_suite(options.suite).tasks:
+        try:
+            protocol = load_protocol(task)
+            questions, file = protocol.questions(options.split, options.root)
+        except UserError as error:
+            faults += error.faults
+            continue
+        folder = (options.root or protocol.root) / protocol.images
+        named = {question.image for question in questions[: options.limit] if question.image}
+        missing = sorted(image for image in named if not (folder / image).is_file())
+        if missing:
+            what = f"{len(missing)} of {len(named)} pictures are missing, such as {folder / missing[0]}"
+            faults.append(Fault(what, str(file)))
+    if faults:
+        raise UserError.of(faults)
+
+
+# ---- A faulty config, block by block --------------------------------------------------------------------
+
+
+def _stages(source: Source, options: RunOptions | None) -> Iterator[tuple[Key, Stage]]:
+    """The stages with the keys their blocks stand under; of a faulty config what is sound in each."""
+    tree = source.tree if isinstance(source.tree, dict) else {}
+    staged = tree.get("stages")
+    keys: list[Key] = [("stages", str(i)) for i in range(len(staged))] if isinstance(staged, list) else [()]
+    if options:
+        yield from zip(keys, options.all_stages(), strict=True)
+        return
+    for key in keys:
+        listed = _at(source, *key, "data")
+        count = len(listed) if isinstance(listed, list) else 0
+        data = [_block(source, DataOptions, *key, "data", str(i)) for i in range(count)]
+        yield (
+            key,
+            Stage(
+                [each for each in data if each],
+                _block(source, TrainOptions, *key, "train") or NO_LIMITS,
+                _block(source, TuneOptions, *key, "tune") or TuneOptions(),
+            ),
+        )
+
+
+def _at(source: Source, *key: str) -> Any:
+    tree = source.tree
+    for name in key:
+        if isinstance(tree, list):
+            tree = tree[int(name)]
+        else:
+            tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree
+
+
+def _block(source: Source, cls: type, *key: str) -> Any:
+    """One block of a faulty config by itself; None where it is missing or a fault is in it."""
+    tree = _at(source, *key)
+    before = len(source.faults)
+    made = None if tree is None else build(cls, tree, key, source)
+    del source.faults[before:]  # they were told of with the whole
+    return made
+
+
+def _placed(fault: Fault, source: Source, key: Key) -> Fault:
+    """A fault of a config's entry, `tune.language.rank`, with the file and line where it stands."""
+    top, *rest = fault.where.split(".")
+    if top in ("tune", "train"):
+        return Fault(fault.what, source.where((*key, top, *rest)), fault.mend)
+    if top == "model":
+        return Fault(fault.what, source.where((top, *rest)), fault.mend)
+    return Fault(fault.what, fault.where or source.where(key), fault.mend)
+
+
+# ---- What is printed ------------------------------------------------------------------------------------
+
+
+def _print_stage(found: StageFound, number: int | None, options: RunOptions, samples: int) -> None:
+    console = Console(highlight=False)
+    train = options.all_stages()[(number or 1) - 1].train
+    if number:
+        console.print(f"\nStage {number}: {found.name}" if found.name else f"\nStage {number}", style="bold")
+    if found.rows:
+        print_tuning_table(found.rows, console)
+    if not found.examples or not found.steps:
+        return
+    count = len(found.examples)
+    per_step = min(train.batch_size, count)
+    epochs = found.steps * per_step / count
+    lines = [
+        f"{found.steps:,} steps of {train.batch_size} samples, {epochs:.3g} epochs",
+        f"{count:,} samples, {sum(bool(e.images) for e in found.examples):,} with pictures",
+        f"{found.pictures:,} pictures, {found.decoded:,} of them decoded",
+        _lengths("tokens of a sample", [len(e.ids) for e in found.examples])
+        + f"; max_length {train.max_length:,}",
+        _lengths("of them supervised", [int((e.labels != IGNORE).sum()) for e in found.examples]),
+    ]
+    if found.skipped:
+        named = ", ".join(found.skipped[:10]) + (" ..." if len(found.skipped) > 10 else "")
+        lines.insert(2, f"{len(found.skipped):,} more are skipped as too long: {named}")
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    assert found.chat
+    for example in found.examples[:samples]:
+        console.print(f"\nsample {example.id}", style="bold", markup=False)
+        console.print(show(example, found.chat, console.is_terminal), soft_wrap=True)
+
+
+def _lengths(what: str, lengths: list[int]) -> str:
+    middle = statistics.median_low(lengths)
+    return f"{what}: {min(lengths):,} at least, {middle:,} in the middle, {max(lengths):,} at most"
+
+
+def show(example: Example, chat: Chat, colours: bool) -> Text:
+    """A sample as the model gets it: special tokens written out, each picture as <image x576>.
+
+    What is supervised stands in [[ ]], or, with `colours`, is bright while all else is dim.
+    """
+    text = Text()
+    before: list[int] = []  # decoded along, since a token alone may lose the space at its front
+    ids, supervised = example.ids.tolist(), (example.labels != IGNORE).tolist()
+    for (picture, trained), run in groupby(
+        zip(ids, supervised, strict=True), key=lambda pair: (pair[0] == IMAGE_ID, pair[1])
+    ):
+        tokens = [token for token, _ in run]
+        if picture:
+            one = f"{IMAGE[:-1]} x{chat.image_tokens}>"
+            text.append(one * (len(tokens) // chat.image_tokens), style="blue")
+            continue
+        said = str(chat.tokenizer.decode([*before, *tokens])).removeprefix(str(chat.tokenizer.decode(before)))
+        before += tokens
+        if colours:
+            text.append(said, style="bold green" if trained else "dim")
+        else:
+            text.append(f"[[{said}]]" if trained else said)
+    return text

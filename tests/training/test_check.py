@@ -1,0 +1,259 @@
+"""`mmtune check`: what it shows is what training would do, and all faults are told of together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmtune.core.errors import UserError
+from mmtune.data.batches import Example
+from mmtune.data.chat import IMAGE, Chat, Turn
+from mmtune.parts.model import assemble
+from mmtune.parts.spec import PARTS
+from mmtune.training.check import check_run, outline_of, show
+from mmtune.training.loop import train
+from tests.world import FULL, LORA, SCULPT, metrics, run_file, run_options
+
+Said = Callable[..., str]
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Said:
+    """What checking a run prints."""
+
+    def check(path: Path, *overrides: str, **options: int) -> str:
+        capsys.readouterr()
+        check_run(path, overrides, **options)
+        return capsys.readouterr().out
+
+    return check
+
+
+def faults(path: Path, *overrides: str, **options: int) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        check_run(path, overrides, **options)
+    return [f"{fault.where}: {fault.what}" for fault in caught.value.faults]
+
+
+def rows(world: Path) -> Any:
+    return json.loads((world / "datasets/tiny/train_instructions.json").read_text())
+
+
+def data(world: Path, folder: Path, changed: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The `data` block of a training file of one's own, with the world's pictures."""
+    (folder / "mine.json").write_text(json.dumps(changed))
+    return [{"path": str(folder / "mine.json"), "image_root": str(world / "datasets/tiny")}]
+
+
+def test_a_run_without_faults(world: Path, tmp_path: Path, said: Said) -> None:
+    path = run_file(world, tmp_path, tune={"connector": FULL, "language": SCULPT})
+    first, second, *rest = rows(world)
+    out = said(path, samples=2)
+    assert "3 steps of 8 samples" in out
+    assert f"{2 + len(rest)} samples, " in out
+    assert "lorasculpt" in out
+    for row in (first, second):
+        assert f"\nsample {row['id']}\n" in out
+        for turn in row["conversations"][1::2]:
+            assert f"<|assistant|>[[{turn['value']}<|end|>]]" in out
+    assert out.count("\nsample ") == 2
+    assert out.count("[[") == sum(len(row["conversations"][1::2]) for row in (first, second))
+    assert out.count("<image x16>") == sum("image" in row for row in (first, second))
+    assert list(tmp_path.iterdir()) == [path], "a check writes nothing"
+
+
+def test_steps_and_samples_are_those_of_the_training(world: Path, tmp_path: Path, said: Said) -> None:
+    changes = {"train": {"steps": None, "epochs": 0.4, "batch_size": 16}}
+    out = said(run_file(world, tmp_path, **changes))
+    train(run_options(world, tmp_path, **changes))
+    assert f"{len(metrics(tmp_path / 'run'))} steps of 16 samples" in out
+
+
+def test_the_outline_has_every_shape_and_no_weights(world: Path, tmp_path: Path) -> None:
+    options = run_options(world, tmp_path, tune={"vision": LORA, "connector": FULL, "language": SCULPT})
+    real, outline = assemble(options.model), outline_of(options.model)
+    assert {tensor.device.type for tensor in outline.state_dict().values()} == {"meta"}
+    shapes = [{name: tensor.shape for name, tensor in m.state_dict().items()} for m in (real, outline)]
+    assert shapes[0] == shapes[1]
+    (stage,) = options.all_stages()
+    tables = []
+    for model in (real, outline):
+        tuners = {part: getattr(stage.tune, part).make() for part in PARTS}
+        tables.append([row for part, tuner in tuners.items() for row in tuner.attach(model, part)])
+    assert tables[0] == tables[1]
+
+
+def test_a_base_with_adapters_has_an_outline_too(world: Path, tmp_path: Path, said: Said) -> None:
+    final = train(run_options(world, tmp_path))
+    options = run_options(world, tmp_path, "second", model={"base": str(final)})
+    shapes = [
+        {name: tensor.shape for name, tensor in m.state_dict().items()}
+        for m in (assemble(options.model), outline_of(options.model))
+    ]
+    assert shapes[0] == shapes[1]
+    assert "[[" in said(tmp_path / "second.yaml")
+
+
+def test_every_stage_is_shown(world: Path, tmp_path: Path, said: Said) -> None:
+    some = rows(world)[:9]
+    block = {
+        "data": data(world, tmp_path, some),
+        "train": {"steps": 4, "batch_size": 3, "max_length": 512},
+    }
+    stages = [
+        {"name": "align", **block, "tune": {"connector": FULL}},
+        {"name": "task", **block, "tune": {"language": LORA}},
+    ]
+    out = said(run_file(world, tmp_path, stages=stages), samples=1)
+    first, second = out.split("Stage 2: task")
+    assert "Stage 1: align" in first
+    assert "full" in first and "lora" not in first
+    assert "lora" in second and "full" not in second
+    assert first.count("[[") == second.count("[[") == len(some[0]["conversations"][1::2])
+
+
+def test_samples_that_are_skipped_are_named(world: Path, tmp_path: Path, said: Said) -> None:
+    text = {"id": "short", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    long = {
+        "id": "far too long",
+        "conversations": [{"from": "human", "value": "x 1" * 300}, {"from": "gpt", "value": "b"}],
+    }
+    path = run_file(world, tmp_path, data=data(world, tmp_path, [long, text]), train={"too_long": "skip"})
+    out = said(path)
+    assert "1 more are skipped as too long: far too long" in out
+    assert "1 samples, 0 with pictures" in out
+
+
+def test_faults_of_all_kinds_are_found_together(world: Path, tmp_path: Path) -> None:
+    good = rows(world)
+    with_picture = next(row for row in good if "image" in row)
+    question, answer = with_picture["conversations"][:2]
+    bad = [
+        with_picture,
+        {**with_picture, "id": "gone", "image": "pictures/gone.png"},
+        {
+            **with_picture,
+            "id": "long",
+            "conversations": [
+                {"from": "human", "value": IMAGE + "why? " * 600},
+                {"from": "gpt", "value": "so"},
+            ],
+        },
+        {
+            **with_picture,
+            "id": "again",
+            "conversations": [question, answer, answer],
+        },
+    ]
+    path = run_file(
+        world,
+        tmp_path,
+        tune={"connector": {**LORA, "rank": 99}, "language": {**LORA, "targets": ["nothing.*"]}},
+        data=data(world, tmp_path, bad),
+        evaluate={"suite": "tinny"},
+    )
+    found = faults(path)
+    line = path.read_text().split("\n").index("    rank: 99") + 1
+    for place, what in [
+        (f"{path}, line {line}, tune.connector.rank", "rank 99 is more than"),
+        ("tune.language.targets", "'nothing.*' is no linear layer"),
+        ("sample gone", "no such picture"),
+        ("sample long", "more than max_length 512"),
+        ("sample again", "turn 3 is the assistant's"),
+        ("evaluate", "unknown suite 'tinny'"),
+    ]:
+        assert any(place in fault and what in fault for fault in found), (place, what, found)
+    assert len(found) == 6
+
+
+def test_a_faulty_config_does_not_hide_the_datas_faults(world: Path, tmp_path: Path) -> None:
+    bad = [{"id": "a"}, *rows(world)[:3]]
+    path = run_file(world, tmp_path, data=data(world, tmp_path, bad), train={"clip": -1, "max_length": 1})
+    found = faults(path, "tune.language.rank=99", "sed=1")
+    assert len(found) == 4, found
+    for what in ("clip: expected more than 0", "'conversations' must be", "rank 99", "unknown key 'sed'"):
+        assert any(what in fault for fault in found)
+
+
+def test_the_prune_step_is_held_against_the_runs_length(world: Path, tmp_path: Path) -> None:
+    path = run_file(world, tmp_path, tune={"language": {**SCULPT, "prune_at": 3}})
+    (fault,) = faults(path)
+    assert "tune.language.prune_at" in fault and "the run ends after 3" in fault
+    check_run(path, ["train.steps=4"])
+
+
+def test_broken_pictures_are_found_by_decoding(world: Path, tmp_path: Path) -> None:
+    some = [row for row in rows(world) if "image" in row][:4]
+    for row in some:
+        target = tmp_path / row["image"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(world / "datasets/tiny" / row["image"], target)
+    broken = tmp_path / some[2]["image"]
+    broken.write_bytes(broken.read_bytes()[:60])
+    block = [{**data(world, tmp_path, some)[0], "image_root": str(tmp_path)}]
+    path = run_file(world, tmp_path, data=block)
+    (fault,) = faults(path)
+    assert str(broken) in fault and "cannot be read" in fault
+    check_run(path, pictures=0)
+
+
+def test_parts_that_do_not_fit_are_found_without_weights(world: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(world / "base", base)
+    path = run_file(world, tmp_path, model={"base": str(base)})
+    weights = base / "language" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (fault,) = faults(path)
+    assert str(weights) in fault and "not a whole safetensors file" in fault
+    shutil.copy(world / "base/language/model.safetensors", weights)
+    config = base / "vision" / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size": 24', '"hidden_size": 48'))
+    (fault,) = faults(path)
+    assert "vision_width is 24 in the file, but 48" in fault
+
+
+def test_what_the_evaluation_needs_is_looked_for(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world)
+    path = run_file(world, tmp_path, evaluate={"suite": "tiny"})
+    check_run(path)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(world / "datasets/tiny", elsewhere)
+    pictures = sorted(elsewhere.rglob("*.png"))
+    for picture in pictures:
+        picture.unlink()
+    found = faults(path, f"evaluate.root={elsewhere}")
+    assert found
+    assert all("pictures are missing, such as" in fault for fault in found)
+    assert any("no such annotation file" in fault for fault in faults(path, f"evaluate.root={tmp_path}"))
+
+
+@pytest.mark.parametrize("family", ["byte_level", "llama_first"])
+def test_a_sample_is_shown_as_its_text(make_tokenizer: Any, family: str) -> None:
+    chat = Chat(make_tokenizer(family, "llama3"), "template", 3)
+    turns = [
+        Turn("user", f"{IMAGE}What [b] is it?"),
+        Turn("assistant", "né\n[INST]"),
+        Turn("user", f"And {IMAGE}{IMAGE}?"),
+        Turn("assistant", "\U0001f408"),
+    ]
+    ids, labels = chat.encode(turns)
+    example = Example("a", np.array(ids, np.int32), np.array(labels, np.int32), ())
+    head = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    user, assistant = head.format("user"), head.format("assistant")
+    expected = (
+        f"<s>{user}<image x3>What [b] is it?<|eot_id|>{assistant}[[né\n[INST]<|eot_id|>]]"
+        f"{user}And <image x3><image x3>?<|eot_id|>{assistant}[[\U0001f408<|eot_id|>]]"
+    )
+    assert show(example, chat, colours=False).plain == expected
+    coloured = show(example, chat, colours=True)
+    assert coloured.plain == expected.replace("[[", "").replace("]]", "")
+    bright = [coloured.plain[span.start : span.end] for span in coloured.spans if "bold" in str(span.style)]
+    assert bright == ["né\n[INST]<|eot_id|>", "\U0001f408<|eot_id|>"]

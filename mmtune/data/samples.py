@@ -29,6 +29,14 @@ class Sample:
 
 def read_llava(path: Path, image_root: Path, limit: int | None = None) -> list[Sample]:
     """The samples of a LLaVA training file, at most `limit`. Raises UserError with the first faults found."""
+    samples, faults = read_sound(path, image_root, limit)
+    if faults:
+        raise UserError.of(faults)
+    return samples
+
+
+def read_sound(path: Path, image_root: Path, limit: int | None = None) -> tuple[list[Sample], list[Fault]]:
+    """The samples without faults and the first faults of the others. Raises UserError for a broken file."""
     if str(path).endswith(".jsonl"):
         rows: list[tuple[str, Any]] = [(f"{path}, line {line}", row) for line, row in read_jsonl(path)]
     else:
@@ -47,9 +55,7 @@ def read_llava(path: Path, image_root: Path, limit: int | None = None) -> list[S
             if len(faults) == MOST_FAULTS:
                 faults.append(Fault("there may be more; these are the first", str(path)))
                 break
-    if faults:
-        raise UserError.of(faults)
-    return samples
+    return samples, faults
 
 
 def image_first(sample: Sample) -> Sample:

@@ -28,12 +28,28 @@ from mmtune.evaluation.protocol import load_protocol, load_suite
 from mmtune.parts.model import VisionLanguageModel, assemble
 from mmtune.parts.spec import PARTS, ModelOptions
 from mmtune.run import DataOptions, EvaluateOptions, RunOptions, Stage, TrainOptions, TuneOptions
-from mmtune.training.plan import make_plan, print_tuning_table, read_samples
+from mmtune.training.plan import count_steps, print_tuning_table, read_samples
 from mmtune.tuning.base import Row
 
 Key = tuple[str, ...]
 # Stands in for a faulty `train`, of which was told: it must be no reason to find anything.
 NO_LIMITS = TrainOptions(batch_size=1, steps=1, max_length=10**9)
+
+
+@dataclass
+class Faults:
+    """All that was found to be wrong."""
+
+    source: Source
+    found: list[Fault]
+
+    def gather(self, key: Key, work: Callable[..., Any], *arguments: Any) -> Any:
+        """What `work` returns, None where it raises UserError. key: the block of the config it concerns."""
+        try:
+            return work(*arguments)
+        except UserError as error:
+            self.found += [_placed(fault, self.source, key) for fault in error.faults]
+            return None
 
 
 @dataclass
@@ -58,28 +74,20 @@ def check_run(path: Path, overrides: Sequence[str] = (), samples: int = 3, pictu
     """
     source = Source(path, list(overrides))
     options: RunOptions | None = build(RunOptions, source.tree, (), source)
-    faults = list(source.faults)
-
-    def gather(key: Key, work: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return work(*arguments)
-        except UserError as error:
-            faults.extend(_placed(fault, source, key) for fault in error.faults)
-            return None
-
+    faults = Faults(source, list(source.faults))
     found = []
     model = options.model if options else _block(source, ModelOptions, "model")
     for key, stage in _stages(source, options):
-        outline = gather((), outline_of, model) if model else None
-        found.append(_check_stage(gather, key, stage, outline, options, pictures))
+        outline = faults.gather((), outline_of, model) if model else None
+        found.append(_check_stage(faults, key, stage, outline, options, pictures))
     evaluation = options.evaluate if options else _block(source, EvaluateOptions, "evaluate")
     if evaluation:
-        gather(("evaluate",), _check_evaluation, evaluation)
+        faults.gather(("evaluate",), _check_evaluation, evaluation)
     if options:
         for number, stage_found in enumerate(found, start=1):
             _print_stage(stage_found, number if len(found) > 1 else None, options, samples)
-    if faults:
-        raise UserError.of(dict.fromkeys(faults))  # stages share a model, and perhaps its faults
+    if faults.found:
+        raise UserError.of(dict.fromkeys(faults.found))  # stages share a model, and perhaps its faults
 
 
 def outline_of(options: ModelOptions) -> VisionLanguageModel:
@@ -90,7 +98,7 @@ def outline_of(options: ModelOptions) -> VisionLanguageModel:
 
 
 def _check_stage(
-    gather: Callable[..., Any],
+    faults: Faults,
     key: Key,
     stage: Stage,
     model: VisionLanguageModel | None,
@@ -103,31 +111,39 @@ def _check_stage(
     if model:
         with torch.device("meta"):
             for part, tuner in tuners.items():
-                rows = gather(key, tuner.attach, model, part)
+                rows = faults.gather(key, tuner.attach, model, part)
                 found.rows += rows or []
                 if rows is not None:
                     attached.append(tuner)
 
-    read = [gather((), read_samples, data) for data in stage.data]
-    samples: list[Sample] = [sample for some in read for sample in some or []]
+    samples: list[Sample] = []
+    complete = True
+    for data in stage.data:
+        read, broken = faults.gather((), read_samples, data) or ([], None)
+        samples += read
+        complete = complete and broken == []
+        faults.found += broken or []
+    settings = stage.train
     encoded = None
     if found.chat and samples:
-        settings = stage.train
-        encoded = gather(key, encode_samples, samples, found.chat, settings.max_length, settings.too_long)
+        encoded = faults.gather(
+            key, encode_samples, samples, found.chat, settings.max_length, settings.too_long
+        )
     shown: Sequence[Example | Sample] = samples
     if encoded:
         found.examples, found.skipped = encoded
         shown = found.examples
-    gather((), check_pictures, shown)
+    faults.gather((), check_pictures, shown)
     paths = [path for path in dict.fromkeys(path for one in shown for path in one.images) if path.is_file()]
     found.pictures = len(paths)
     chosen = [paths[i * len(paths) // pictures] for i in range(pictures)] if pictures < len(paths) else paths
     found.decoded = len(chosen)
-    gather((), _decode, chosen)
-    if options and encoded and None not in read:
-        found.steps = len(make_plan(found.examples, stage.train, options.seed))
+    faults.gather((), _decode, chosen)
+    # A faulty sample changes how long an epoch is, but not a number of steps.
+    if options and (settings.steps or (encoded and complete)):
+        found.steps = count_steps(len(found.examples), settings)
         for tuner in attached:
-            gather(key, tuner.start, found.steps)
+            faults.gather(key, tuner.start, found.steps, options.seed)
     return found
 
 

@@ -9,9 +9,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mmtune.core.errors import Fault, UserError
 from mmtune.data.batches import Example, batch_order, check_pictures, encode_samples
 from mmtune.data.chat import Chat
-from mmtune.data.samples import Sample, image_first, read_llava
+from mmtune.data.samples import Sample, image_first, read_sound
 from mmtune.parts.spec import PARTS
 from mmtune.run import DataOptions, Stage, TrainOptions
 from mmtune.tuning.base import Row
@@ -43,7 +44,12 @@ def read_examples(chat: Chat, stage: Stage) -> list[Example]:
 
     Raises UserError where samples or their pictures are faulty.
     """
-    samples = [sample for data in stage.data for sample in read_samples(data)]
+    samples = []
+    for data in stage.data:
+        read, faults = read_samples(data)
+        if faults:
+            raise UserError.of(faults)
+        samples += read
     examples, skipped = encode_samples(samples, chat, stage.train.max_length, stage.train.too_long)
     if skipped:
         named = ", ".join(skipped[:10]) + (" ..." if len(skipped) > 10 else "")
@@ -52,16 +58,15 @@ def read_examples(chat: Chat, stage: Stage) -> list[Example]:
     return examples
 
 
-def read_samples(data: DataOptions) -> list[Sample]:
-    """The samples of one entry of `data`, pictures first where it says so. Raises UserError."""
-    read = read_llava(data.file(), data.images(), data.limit)
-    return [image_first(sample) for sample in read] if data.image_first else read
+def read_samples(data: DataOptions) -> tuple[list[Sample], list[Fault]]:
+    """The sound samples of one entry of `data`, pictures first where it says so, and the faults of others."""
+    read, faults = read_sound(data.file(), data.images(), data.limit)
+    return [image_first(sample) for sample in read] if data.image_first else read, faults
 
 
 def make_plan(examples: list[Example], settings: TrainOptions, seed: int) -> list[list[list[int]]]:
     """For each optimiser step its micro-batches, as indices of examples."""
-    per_epoch = math.ceil(len(examples) / settings.batch_size)
-    steps = settings.steps or max(1, round(float(settings.epochs or 0) * per_epoch))
+    steps = count_steps(len(examples), settings)
     micro = settings.micro_batch_size or settings.batch_size
     plan: list[list[list[int]]] = []
     for epoch in itertools.count():
@@ -70,3 +75,9 @@ def make_plan(examples: list[Example], settings: TrainOptions, seed: int) -> lis
                 return plan
             plan.append([batch[i : i + micro] for i in range(0, len(batch), micro)])
     raise AssertionError
+
+
+def count_steps(samples: int, settings: TrainOptions) -> int:
+    """How many optimiser steps a training on so many samples takes."""
+    per_epoch = math.ceil(samples / settings.batch_size)
+    return settings.steps or max(1, round(float(settings.epochs or 0) * per_epoch))

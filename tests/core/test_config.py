@@ -423,3 +423,47 @@ def test_a_faulty_field_does_not_hide_what_is_wrong_with_the_others(tmp_path: Pa
         "expected a whole number, found 'ten'",
         "size too small",
     ]
+
+
+@dataclass
+class Batches:
+    """A check that looks at a required field on the way to others."""
+
+    size: int
+    micro: int = 1
+    clip: float = 1.0
+
+    def check(self, fault: Callable[..., None]) -> None:
+        if self.size < 1:
+            fault("size", "too small")
+        if self.size % self.micro:
+            fault("micro", "no divisor")
+        if self.clip <= 0:
+            fault("clip", "too small")
+        if "," in f"{self.size:d}":  # what no stand-in can do
+            fault("size", "a comma")
+        if self.micro < 1:
+            fault("micro", "too small")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("{micro: 3, clip: 0}", ["'size' is missing", "too small"]),
+        ("{size: x, micro: 3, clip: 0}", ["expected a whole number, found 'x'", "too small"]),
+        ("{micro: 3}", ["'size' is missing"]),
+        ("{size: 4, micro: 3, clip: 0}", ["no divisor", "too small"]),
+    ],
+)
+def test_a_missing_field_hides_no_fault_of_another(tmp_path: Path, text: str, found: list[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        parse(Batches, Source(path))
+    assert [fault.what for fault in caught.value.faults] == found
+
+
+def test_a_check_that_fails_though_no_field_is_missing_is_a_fault_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("{size: 4, micro: 0}")
+    with pytest.raises(ZeroDivisionError):
+        parse(Batches, Source(tmp_path / "run.yaml"))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mmtune.cli import main
 from mmtune.core.errors import UserError
 from mmtune.data.batches import Example
 from mmtune.data.chat import IMAGE, Chat, Turn
@@ -69,7 +70,7 @@ def test_a_run_without_faults(world: Path, tmp_path: Path, said: Said) -> None:
 
 
 def test_steps_and_samples_are_those_of_the_training(world: Path, tmp_path: Path, said: Said) -> None:
-    changes = {"train": {"steps": None, "epochs": 0.4, "batch_size": 16}}
+    changes: dict[str, Any] = {"train": {"steps": None, "epochs": 0.4, "batch_size": 16}}
     out = said(run_file(world, tmp_path, **changes))
     train(run_options(world, tmp_path, **changes))
     assert f"{len(metrics(tmp_path / 'run'))} steps of 16 samples" in out
@@ -137,6 +138,7 @@ def test_faults_of_all_kinds_are_found_together(world: Path, tmp_path: Path) -> 
     bad = [
         with_picture,
         {**with_picture, "id": "gone", "image": "pictures/gone.png"},
+        {**with_picture, "id": "none", "image": []},
         {
             **with_picture,
             "id": "long",
@@ -164,12 +166,13 @@ def test_faults_of_all_kinds_are_found_together(world: Path, tmp_path: Path) -> 
         (f"{path}, line {line}, tune.connector.rank", "rank 99 is more than"),
         ("tune.language.targets", "'nothing.*' is no linear layer"),
         ("sample gone", "no such picture"),
+        ("sample 2 (id none)", "but 0 pictures"),
         ("sample long", "more than max_length 512"),
         ("sample again", "turn 3 is the assistant's"),
         ("evaluate", "unknown suite 'tinny'"),
     ]:
         assert any(place in fault and what in fault for fault in found), (place, what, found)
-    assert len(found) == 6
+    assert len(found) == 7
 
 
 def test_a_faulty_config_does_not_hide_the_datas_faults(world: Path, tmp_path: Path) -> None:
@@ -257,3 +260,16 @@ def test_a_sample_is_shown_as_its_text(make_tokenizer: Any, family: str) -> None
     assert coloured.plain == expected.replace("[[", "").replace("]]", "")
     bright = [coloured.plain[span.start : span.end] for span in coloured.spans if "bold" in str(span.style)]
     assert bright == ["né\n[INST]<|eot_id|>", "\U0001f408<|eot_id|>"]
+
+
+def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run_file(world, tmp_path)
+    assert main(["check", str(path), "--samples", "1", "--pictures", "5"]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("no faults\n")
+    assert out.count("\nsample ") == 1
+    assert main(["check", str(path), "tune.language.rank=99", "train.clip=0"]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("mmtune: 2 faults\n")
+    assert "command line, train.clip" in said.err and "command line, tune.language.rank" in said.err
+    assert "no faults" not in said.out

@@ -16,6 +16,7 @@ from mmtune.data.cards import load_card
 from mmtune.parts.spec import PARTS, ModelOptions
 from mmtune.tuning.base import TUNERS
 from mmtune.tuning.frozen import FrozenOptions
+from mmtune.tuning.kl import KlOptions
 
 
 @dataclass
@@ -70,6 +71,24 @@ class DataOptions:
             return self.path.parent
         card = load_card(str(self.card))
         return (self.root or card.root) / card.images
+
+
+@dataclass
+class ReplayOptions:
+    """Samples of other data, mixed into a stage's own so that the model goes on seeing what it knew.
+
+    share: the fraction of an epoch's samples that are drawn from `data`; the stage's own are all kept.
+    """
+
+    data: list[DataOptions]
+    share: float
+
+    def check(self, fault: Report) -> None:
+        if not self.data:
+            fault("data", "an empty list: nothing would be replayed")
+        if not 0 < self.share < 1:
+            mend = "Leave 'replay' out to train without." if self.share == 0 else ""
+            fault("share", f"expected more than 0 and less than 1, found {self.share}", mend)
 
 
 @dataclass
@@ -173,12 +192,19 @@ class EvaluateOptions:
 
 @dataclass
 class Stage:
-    """One training: data, tuners, schedule."""
+    """One training: data, tuners, schedule; replayed data and a term that holds it to the base, if wanted."""
 
     data: list[DataOptions]
     train: TrainOptions
     tune: TuneOptions = field(default_factory=TuneOptions)
+    replay: ReplayOptions | None = None
+    kl: KlOptions | None = None
     name: str = ""
+
+    @property
+    def all_data(self) -> list[DataOptions]:
+        """Its own data, then what it replays."""
+        return self.data + (self.replay.data if self.replay else [])
 
 
 @dataclass
@@ -190,20 +216,21 @@ class RunOptions:
     seed: int = 0
     data: list[DataOptions] | None = None
     tune: TuneOptions | None = None
+    replay: ReplayOptions | None = None
+    kl: KlOptions | None = None
     train: TrainOptions | None = None
     stages: list[Stage] | None = None
     evaluate: EvaluateOptions | None = None
     output: Path = Path("runs")
 
     def check(self, fault: Report) -> None:
-        single = {"data": self.data, "tune": self.tune, "train": self.train}
         if self.stages is None:
-            for name, value in single.items():
-                if not value:
+            for name in ("data", "tune", "train"):
+                if not getattr(self, name):
                     fault("", f"'{name}' is missing", "Or give 'stages'.")
         else:
-            for name, value in single.items():
-                if value is not None:
+            for name in ("data", "tune", "train", "replay", "kl"):
+                if getattr(self, name) is not None:
                     fault(name, f"'{name}' and 'stages' exclude each other")
             if not self.stages:
                 fault("stages", "an empty list")
@@ -223,7 +250,7 @@ class RunOptions:
         if self.stages is not None:
             return self.stages
         assert self.data and self.train and self.tune
-        return [Stage(self.data, self.train, self.tune)]
+        return [Stage(self.data, self.train, self.tune, self.replay, self.kl)]
 
 
 def read_run(path: Path, overrides: list[str] | None = None) -> RunOptions:

@@ -16,7 +16,7 @@ data.chat data.image data.samples data.batches data.cards data.tiny data.tiny_to
 parts.spec parts.fingerprint parts.loading parts.vision.base parts.vision.clip
 parts.connector.base parts.connector.linear parts.connector.mlp
 parts.language parts.model
-tuning.base tuning.penalty tuning.frozen tuning.full tuning.lora tuning.sculpt
+tuning.base tuning.penalty tuning.frozen tuning.full tuning.lora tuning.sculpt tuning.kl
 evaluation.metrics.base evaluation.metrics.vqa evaluation.metrics.iconqa evaluation.metrics.gqa
 evaluation.metrics.exact evaluation.metrics evaluation.score evaluation.protocol evaluation.generate
 evaluation.restore evaluation.evaluate evaluation.forgetting evaluation.terminal evaluation.frontier

@@ -102,14 +102,20 @@ class VisionLanguageModel(nn.Module):
             return embeddings + 0 * self.connector(self.vision(blank)).sum().to(embeddings.dtype)
         return embeddings
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Cross-entropy summed over the supervised tokens, fp32; head and loss run on those alone."""
+    def forward(
+        self, batch: Batch, with_logits: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropy summed over the supervised tokens, fp32; head and loss run on those alone.
+
+        with_logits: beside it, their logits [n, vocabulary].
+        """
         assert batch.labels is not None
         hidden = self.language.hidden(self.splice(batch), batch.attention_mask)
         targets = batch.labels[:, 1:]
         supervised = targets != IGNORE
         logits = self.language.logits(hidden[:, :-1][supervised])
-        return nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+        loss = nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+        return (loss, logits) if with_logits else loss
 
     def _sees_gradient(self) -> bool:
         return any(p.requires_grad for part in (self.vision, self.connector) for p in part.parameters())

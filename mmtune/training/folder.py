@@ -51,7 +51,7 @@ def open_run(options: RunOptions, resume: bool) -> bool:
         )
     for stage, path in zip(options.all_stages(), done, strict=True):
         if (path / "trained.json").is_file():
-            check_origin(options, data_hash(stage.data), read_json(path / "trained.json"), path)
+            check_origin(options, data_hash(stage.all_data), read_json(path / "trained.json"), path)
     if before != described:
         write_text(saved, yaml.safe_dump(described, sort_keys=False))
     return (done[-1] / "trained.json").is_file()

@@ -28,8 +28,9 @@ from mmtune.training.checkpoint import cut_metrics, load_checkpoint, newest, pru
 from mmtune.training.folder import check_origin, done_folders, open_run
 from mmtune.training.meter import Meter
 from mmtune.training.optim import make_optimizer, schedule_factor, set_rates
-from mmtune.training.plan import make_plan, print_tuning_table, read_examples
+from mmtune.training.plan import make_plan, print_tuning_table, read_examples, read_replay
 from mmtune.tuning.base import Tuner
+from mmtune.tuning.kl import Teacher
 
 
 def train(options: RunOptions, resume: bool = False) -> Path:
@@ -72,12 +73,14 @@ def _train_stage(
     # Moved before anything is attached: what a tuner keeps beside the weights lies where they lie.
     model = assemble(base, exact).to(accelerator.device)
     rates = _attach(model, tuners, folder, number)
+    teacher = Teacher(model) if stage.kl else None
     if settings.activation_checkpointing:
         for part in (model.vision, model.language):
             part.hf.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[union-attr,operator]
 
-    examples = read_examples(model.chat, stage)
-    plan = make_plan(examples, stage.train, options.seed)
+    examples = read_examples(model.chat, stage.data, settings)
+    pool, replayed = read_replay(model.chat, stage, len(examples))
+    plan = make_plan(examples, settings, options.seed, pool, replayed)
     steps = len(plan)
     for tuner in tuners.values():
         tuner.start(steps, options.seed)
@@ -86,7 +89,7 @@ def _train_stage(
     state: dict[str, Any] = {
         "stage": number,
         "config": config_hash(options),
-        "data": data_hash(stage.data),
+        "data": data_hash(stage.all_data),
         "base": start_hash(options.model),
         "versions": versions(),
         "commit": commit(),
@@ -104,7 +107,7 @@ def _train_stage(
 
     # The loader runs ahead of the steps; the plan says which samples make up which step.
     loader: DataLoader[Batch | UserError] = DataLoader(
-        examples,  # type: ignore[arg-type]
+        examples + pool,  # type: ignore[arg-type]
         batch_sampler=[micro for step in plan[start:] for micro in step],
         collate_fn=partial(collate_or_error, transform=model.transform, pad_id=model.language.pad_id),
         num_workers=settings.workers,
@@ -126,12 +129,18 @@ def _train_stage(
             set_rates(optimizer, schedule_factor(settings.schedule, step, steps, settings.warmup))
             line |= {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
 
-            task_loss = 0.0
+            task_loss = kl_value = 0.0
             penalty_gradients: dict[torch.Tensor, torch.Tensor] = {}
             for i, micro in enumerate(micros):
                 # Weighted by supervised tokens: the step's loss is their mean, however it is split.
-                loss = wrapped(micro) / supervised
-                task_loss += loss.item()
+                if teacher and stage.kl:
+                    loss, kl = (value / supervised for value in teacher.losses(wrapped, micro))
+                    task_loss += loss.item()
+                    kl_value += kl.item()
+                    loss = loss + stage.kl.weight * kl
+                else:
+                    loss = wrapped(micro) / supervised
+                    task_loss += loss.item()
                 if i == len(micros) - 1:  # penalties count once per optimiser step
                     penalties = {
                         part: p for part, tuner in tuners.items() if (p := tuner.penalty()) is not None
@@ -143,6 +152,9 @@ def _train_stage(
                         loss = loss + penalty
                 accelerator.backward(loss)
             _stop_if_not_finite("loss", task_loss, first_step + step + 1, micros)
+            if teacher:
+                _stop_if_not_finite("KL to the base", kl_value, first_step + step + 1, micros)
+                line["kl"] = kl_value
             if penalty_gradients:
                 of_task = [p.grad - g for p, g in penalty_gradients.items() if p.grad is not None]
                 line |= {

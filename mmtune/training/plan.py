@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
@@ -14,7 +16,7 @@ from mmtune.data.batches import Example, batch_order, check_pictures, encode_sam
 from mmtune.data.chat import Chat
 from mmtune.data.samples import Sample, image_first, read_sound
 from mmtune.parts.spec import PARTS
-from mmtune.run import DataOptions, Stage, TrainOptions
+from mmtune.run import DataOptions, ReplayOptions, Stage, TrainOptions
 from mmtune.tuning.base import Row
 
 
@@ -39,18 +41,18 @@ def print_tuning_table(rows: list[Row], console: Console | None = None) -> None:
     (console or Console(stderr=True)).print(table)
 
 
-def read_examples(chat: Chat, stage: Stage) -> list[Example]:
-    """A stage's training data, encoded; what is skipped is named on the terminal.
+def read_examples(chat: Chat, data: list[DataOptions], settings: TrainOptions) -> list[Example]:
+    """Training data, encoded; what is skipped is named on the terminal.
 
     Raises UserError where samples or their pictures are faulty.
     """
     samples = []
-    for data in stage.data:
-        read, faults = read_samples(data)
+    for part in data:
+        read, faults = read_samples(part)
         if faults:
             raise UserError.of(faults)
         samples += read
-    examples, skipped = encode_samples(samples, chat, stage.train.max_length, stage.train.too_long)
+    examples, skipped = encode_samples(samples, chat, settings.max_length, settings.too_long)
     if skipped:
         named = ", ".join(skipped[:10]) + (" ..." if len(skipped) > 10 else "")
         Console(stderr=True).print(f"{len(skipped)} of {len(samples)} samples skipped as too long: {named}")
@@ -64,15 +66,58 @@ def read_samples(data: DataOptions) -> tuple[list[Sample], list[Fault]]:
     return [image_first(sample) for sample in read] if data.image_first else read, faults
 
 
-def make_plan(examples: list[Example], settings: TrainOptions, seed: int) -> list[list[list[int]]]:
-    """For each optimiser step its micro-batches, as indices of examples."""
-    steps = count_steps(len(examples), settings)
+def read_replay(chat: Chat, stage: Stage, own: int) -> tuple[list[Example], int]:
+    """What a stage with `own` examples may replay, and how many of them each epoch draws; counted and said.
+
+    Raises UserError as `read_examples` does, and where the share comes to no sample.
+    """
+    if stage.replay is None:
+        return [], 0
+    count = count_replay(stage.replay, own)
+    pool = read_examples(chat, stage.replay.data, stage.train)
+    Console(stderr=True).print(say_replay(count, len(pool), own))
+    return pool, count
+
+
+def count_replay(replay: ReplayOptions, own: int) -> int:
+    """How many samples of the pool join `own` of the stage in each epoch. Raises UserError for none."""
+    count = round(replay.share / (1 - replay.share) * own)
+    if count == 0:
+        raise UserError(
+            f"a share of {replay.share} beside {own} samples comes to none",
+            where="replay.share",
+            mend="Raise it, or leave 'replay' out.",
+        )
+    return count
+
+
+def say_replay(count: int, pool: int, own: int) -> str:
+    """The line that tells of it."""
+    return f"replay: {count:,} of {pool:,} samples in each epoch, beside {own:,} of the stage's own"
+
+
+def make_plan(
+    examples: list[Example],
+    settings: TrainOptions,
+    seed: int,
+    pool: Sequence[Example] = (),
+    replayed: int = 0,
+) -> list[list[list[int]]]:
+    """For each optimiser step its micro-batches, as indices of examples and, after them, of the pool.
+
+    Every epoch has all examples and `replayed` ones of the pool.
+    """
+    both = [*examples, *pool]
+    steps = count_steps(len(examples) + replayed, settings)
     micro = settings.micro_batch_size or settings.batch_size
     plan: list[list[list[int]]] = []
     for epoch in itertools.count():
-        for batch in batch_order(examples, settings.batch_size, seed, epoch):
+        drawn = [len(examples) + i for i in draw_replay(len(pool), replayed, seed, epoch)]
+        present = [*range(len(examples)), *drawn]
+        for places in batch_order([both[i] for i in present], settings.batch_size, seed, epoch):
             if len(plan) == steps:
                 return plan
+            batch = [present[place] for place in places]
             plan.append([batch[i : i + micro] for i in range(0, len(batch), micro)])
     raise AssertionError
 
@@ -81,3 +126,17 @@ def count_steps(samples: int, settings: TrainOptions) -> int:
     """How many optimiser steps a training on so many samples takes."""
     per_epoch = math.ceil(samples / settings.batch_size)
     return settings.steps or max(1, round(float(settings.epochs or 0) * per_epoch))
+
+
+def draw_replay(pool: int, count: int, seed: int, epoch: int) -> list[int]:
+    """The `count` indices below `pool` that an epoch replays: a function of the arguments alone.
+
+    Epochs deal on from a shuffled pool; once all of it was dealt, it is shuffled anew.
+    """
+    dealt: list[int] = []
+    for place in range(epoch * count, (epoch + 1) * count):
+        if not dealt or place % pool == 0:
+            order = list(range(pool))
+            random.Random(f"{seed}/replay/{place // pool}").shuffle(order)
+        dealt.append(order[place % pool])
+    return dealt

@@ -1,0 +1,108 @@
+"""Which samples make up which step, with and without replayed ones."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmtune.core.errors import UserError
+from mmtune.data.batches import Example, batch_order
+from mmtune.parts import VisionLanguageModel
+from mmtune.run import ReplayOptions, TrainOptions, data_hash
+from mmtune.training.plan import draw_replay, make_plan, read_replay
+from tests.world import run_options
+
+
+def examples(count: int, first: int = 0) -> list[Example]:
+    """Of lengths from 5 to 14, every third with a picture."""
+    return [
+        Example(
+            str(first + i),
+            np.zeros(5 + i % 10, np.int32),
+            np.zeros(5 + i % 10, np.int32),
+            (Path("x"),) if i % 3 == 0 else (),
+        )
+        for i in range(count)
+    ]
+
+
+def test_without_replay_a_plan_is_the_epochs_in_their_order() -> None:
+    own = examples(23)
+    plan = make_plan(own, TrainOptions(batch_size=8, micro_batch_size=4, epochs=2), seed=5)
+    order = [batch for epoch in (0, 1) for batch in batch_order(own, 8, 5, epoch)]
+    assert [[i for micro in step for i in micro] for step in plan] == order
+    assert max(len(micro) for step in plan for micro in step) == 4
+
+
+def test_every_epoch_has_all_of_its_own_and_other_replayed_ones() -> None:
+    own, pool = examples(38), examples(25, 100)
+    settings = TrainOptions(batch_size=8, epochs=5)
+    plan = make_plan(own, settings, 0, pool, replayed=10)
+    assert plan == make_plan(own, settings, 0, pool, replayed=10)
+    assert len(plan) == 5 * 6  # 48 samples are 6 batches
+    dealt: Counter[int] = Counter()
+    for epoch in range(5):
+        seen = [i for step in plan[6 * epoch : 6 * epoch + 6] for micro in step for i in micro]
+        assert [i for i in sorted(seen) if i < 38] == list(range(38))
+        replayed = [i - 38 for i in seen if i >= 38]
+        assert sorted(replayed) == sorted(draw_replay(25, 10, 0, epoch))
+        dealt.update(replayed)
+    # 50 draws from 25: each twice, for none comes again before all have come.
+    assert dealt == {i: 2 for i in range(25)}
+
+
+def test_replay_is_mixed_into_the_batches() -> None:
+    """About ten in every batch of forty."""
+    plan = make_plan(examples(300), TrainOptions(batch_size=40, epochs=1), 0, examples(300, 500), 100)
+    counts = [sum(i >= 300 for micro in step for i in micro) for step in plan]
+    assert sum(counts) == 100 and min(counts) >= 2 and max(counts) <= 22
+
+
+def test_no_sample_of_the_pool_comes_again_before_all_have_come() -> None:
+    for pool, count in ((7, 3), (7, 7), (3, 8), (100, 1)):
+        dealt = [i for epoch in range(3 * pool) for i in draw_replay(pool, count, 0, epoch)]
+        for start in range(0, len(dealt) - pool + 1, pool):
+            assert sorted(dealt[start : start + pool]) == list(range(pool))
+    assert draw_replay(100, 20, 0, 0) != draw_replay(100, 20, 1, 0)
+    assert draw_replay(100, 20, 0, 0) != sorted(draw_replay(100, 20, 0, 0))
+
+
+@pytest.mark.parametrize(("share", "own", "count"), [(0.05, 6000, 316), (0.5, 40, 40), (0.8, 10, 40)])
+def test_the_share_is_of_all_samples(share: float, own: int, count: int) -> None:
+    assert ReplayOptions([], share).count(own) == count
+    assert count / (own + count) == pytest.approx(share, abs=0.5 / own)
+
+
+def replaying(world: Path, folder: Path, share: float = 0.25, **changes: Any) -> Any:
+    tiny = world / "datasets" / "tiny"
+    data = [{"path": str(tiny / "train_iconqa.json"), "image_root": str(tiny)}]
+    replay = {
+        "data": [{"path": str(tiny / "train_instructions.json"), "image_root": str(tiny)}],
+        "share": share,
+    }
+    return run_options(world, folder, data=data, replay=replay, **changes)
+
+
+def test_what_is_replayed_is_counted_and_said(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = VisionLanguageModel.from_pretrained(world / "base").chat
+    (stage,) = replaying(world, tmp_path).all_stages()
+    pool, count = read_replay(chat, stage, own=30)
+    assert count == 10 and len(pool) == 92
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"replay: 10 of {len(pool)} samples in each epoch, beside 30 of the stage's own" in said
+    with pytest.raises(UserError, match=r"a share of 0\.25 beside 1 samples comes to none"):
+        read_replay(chat, stage, own=1)
+    stage.replay = None
+    assert read_replay(chat, stage, own=30) == ([], 0)
+
+
+def test_what_is_replayed_counts_in_the_hash_of_the_data(world: Path, tmp_path: Path) -> None:
+    (stage,) = replaying(world, tmp_path).all_stages()
+    assert len(stage.all_data) == 2
+    assert data_hash(stage.all_data) != data_hash(stage.data)

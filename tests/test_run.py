@@ -75,12 +75,15 @@ def test_a_run_comes_back_from_its_own_yaml(tmp_path: Path, run: dict[str, Any])
 def test_stages_come_back_too(tmp_path: Path, run: dict[str, Any]) -> None:
     stage = {key: run.pop(key) for key in ("data", "tune", "train")}
     run["stages"] = [
-        {"name": "align", **stage},
+        {"name": "align", **stage, "replay": {"data": stage["data"], "share": 0.1}, "kl": {"weight": 0.1}},
         {**stage, "tune": {"language": {"tuner": "lora", "lr": 1e-4}}},
     ]
     made = _read(tmp_path, run)
     assert [s.name for s in made.all_stages()] == ["align", ""]
     assert isinstance(made.all_stages()[1].tune.language, LoraOptions)
+    first, second = made.all_stages()
+    assert first.replay is not None and first.kl is not None and len(first.all_data) == 2
+    assert second.replay is None and second.kl is None and second.all_data == second.data
     assert _read(tmp_path, to_dict(made)) == made
 
 
@@ -100,6 +103,9 @@ def test_the_hash_is_of_what_decides_the_result(tmp_path: Path, run: dict[str, A
         "seed=4",
         "train.clip=0.5",
         "tune.language.rank=8",
+        "tune.language.support=random",
+        "tune.language.penalty.kind=constant",
+        "kl.weight=0.1",
         "data.0.limit=4",
         "model.dtype=float32",
     ):
@@ -134,6 +140,19 @@ def test_the_hash_is_of_what_decides_the_result(tmp_path: Path, run: dict[str, A
         ("tune.connector.penalty.modules=pruned", "tune.connector.penalty.modules: nothing is pruned"),
         ("tune.connector.penalty.modules=some", "expected one of all, pruned or a list, found 'some'"),
         ("tune.connector.penalty.modules=[]", "tune.connector.penalty.modules: an empty list"),
+        ("replay={data: [], share: 0.1}", "replay.data: an empty list"),
+        ("replay={data: [{path: no.json}], share: 0.1}", "replay.data.0.path: there is no file no.json"),
+        ("replay={data: [{card: tiny_icon}], share: 0.1}", "Did you mean 'tiny_iconqa'?"),
+        (
+            "replay={data: [{card: tiny_iconqa}], share: 1}",
+            "replay.share: expected more than 0 and less than 1",
+        ),
+        ("replay={data: [{card: tiny_iconqa}], share: 0}", "Leave 'replay' out"),
+        ("replay={share: 0.1}", "'data' is missing"),
+        ("kl={weight: 0}", "kl.weight: expected more than 0, found 0"),
+        ("kl={}", "'weight' is missing"),
+        ("tune.language.support=largest", "expected one of magnitude, random"),
+        ("tune.language.penalty.kind=constnt", "Did you mean 'constant'?"),
         ("evaluate.batch_size=0", "evaluate.batch_size: expected 1 or more, found 0"),
         ("evaluate.limit=-1", "evaluate.limit: expected 1 or more, found -1"),
         ("evaluate.dtype=float16", "evaluate.dtype: expected one of float32, bfloat16"),

@@ -27,8 +27,16 @@ from mmtune.data.samples import MOST_FAULTS, Sample
 from mmtune.evaluation.protocol import load_protocol, load_suite
 from mmtune.parts.model import VisionLanguageModel, assemble
 from mmtune.parts.spec import PARTS, ModelOptions
-from mmtune.run import DataOptions, EvaluateOptions, RunOptions, Stage, TrainOptions, TuneOptions
-from mmtune.training.plan import count_steps, print_tuning_table, read_samples
+from mmtune.run import (
+    DataOptions,
+    EvaluateOptions,
+    ReplayOptions,
+    RunOptions,
+    Stage,
+    TrainOptions,
+    TuneOptions,
+)
+from mmtune.training.plan import count_replay, count_steps, print_tuning_table, read_samples, say_replay
 from mmtune.tuning.base import Row
 
 Key = tuple[str, ...]
@@ -53,6 +61,16 @@ class Faults:
 
 
 @dataclass
+class DataFound:
+    """Training data: the sound samples, encoded where a chat format is known. complete: all of them."""
+
+    samples: list[Sample] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    complete: bool = False
+
+
+@dataclass
 class StageFound:
     """What is known of a stage: its tuning table, its samples, and how many steps it takes."""
 
@@ -62,6 +80,8 @@ class StageFound:
     skipped: list[str] = field(default_factory=list)
     decoded: int = 0
     pictures: int = 0
+    pool: int = 0
+    replayed: int = 0
     steps: int = 0
     chat: Chat | None = None
 
@@ -116,34 +136,45 @@ def _check_stage(
                 if rows is not None:
                     attached.append(tuner)
 
-    samples: list[Sample] = []
-    complete = True
-    for data in stage.data:
-        read, broken = faults.gather((), read_samples, data) or ([], None)
-        samples += read
-        complete = complete and broken == []
-        faults.found += broken or []
     settings = stage.train
-    encoded = None
-    if found.chat and samples:
-        encoded = faults.gather(
-            key, encode_samples, samples, found.chat, settings.max_length, settings.too_long
-        )
-    shown: Sequence[Example | Sample] = samples
-    if encoded:
-        found.examples, found.skipped = encoded
-        shown = found.examples
+    own = _check_data(faults, key, stage.data, found.chat, settings)
+    pool = _check_data(faults, key, stage.replay.data if stage.replay else [], found.chat, settings)
+    found.examples, found.pool = own.examples, len(pool.examples)
+    found.skipped = own.skipped + pool.skipped
+    shown = [*(own.examples or own.samples), *(pool.examples or pool.samples)]
     faults.gather((), check_pictures, shown)
     paths = [path for path in dict.fromkeys(path for one in shown for path in one.images) if path.is_file()]
     found.pictures = len(paths)
     chosen = [paths[i * len(paths) // pictures] for i in range(pictures)] if pictures < len(paths) else paths
     found.decoded = len(chosen)
     faults.gather((), _decode, chosen)
+    if stage.replay and own.complete:
+        found.replayed = faults.gather(key, count_replay, stage.replay, len(found.examples)) or 0
     # A faulty sample changes how long an epoch is, but not a number of steps.
-    if options and (settings.steps or (encoded and complete)):
-        found.steps = count_steps(len(found.examples), settings)
+    if options and (settings.steps or own.complete):
+        found.steps = count_steps(len(found.examples) + found.replayed, settings)
         for tuner in attached:
             faults.gather(key, tuner.start, found.steps, options.seed)
+    return found
+
+
+def _check_data(
+    faults: Faults, key: Key, data: list[DataOptions], chat: Chat | None, settings: TrainOptions
+) -> DataFound:
+    found = DataFound()
+    sound = True
+    for part in data:
+        read, broken = faults.gather((), read_samples, part) or ([], None)
+        found.samples += read
+        sound = sound and broken == []
+        faults.found += broken or []
+    if chat and found.samples:
+        encoded = faults.gather(
+            key, encode_samples, found.samples, chat, settings.max_length, settings.too_long
+        )
+        if encoded:
+            found.examples, found.skipped = encoded
+            found.complete = sound
     return found
 
 
@@ -202,6 +233,7 @@ def _stages(source: Source, options: RunOptions | None) -> Iterator[tuple[Key, S
                 [each for each in data if each],
                 _block(source, TrainOptions, *key, "train") or NO_LIMITS,
                 _block(source, TuneOptions, *key, "tune") or TuneOptions(),
+                _block(source, ReplayOptions, *key, "replay"),
             ),
         )
 
@@ -228,7 +260,7 @@ def _block(source: Source, cls: type, *key: str) -> Any:
 def _placed(fault: Fault, source: Source, key: Key) -> Fault:
     """A fault of a config's entry, `tune.language.rank`, with the file and line where it stands."""
     top, *rest = fault.where.split(".")
-    if top in ("tune", "train"):
+    if top in ("tune", "train", "replay"):
         return Fault(fault.what, source.where((*key, top, *rest)), fault.mend)
     if top == "model":
         return Fault(fault.what, source.where((top, *rest)), fault.mend)
@@ -248,8 +280,8 @@ def _print_stage(found: StageFound, number: int | None, options: RunOptions, sam
     if not found.examples or not found.steps:
         return
     count = len(found.examples)
-    per_step = min(train.batch_size, count)
-    epochs = found.steps * per_step / count
+    seen = count + found.replayed
+    epochs = found.steps * min(train.batch_size, seen) / seen
     lines = [
         f"{found.steps:,} steps of {train.batch_size} samples, {epochs:.3g} epochs",
         f"{count:,} samples, {sum(bool(e.images) for e in found.examples):,} with pictures",
@@ -258,6 +290,8 @@ def _print_stage(found: StageFound, number: int | None, options: RunOptions, sam
         + f"; max_length {train.max_length:,}",
         _lengths("of them supervised", [int((e.labels != IGNORE).sum()) for e in found.examples]),
     ]
+    if found.replayed:
+        lines.insert(2, say_replay(found.replayed, found.pool, count))
     if found.skipped:
         named = ", ".join(found.skipped[:10]) + (" ..." if len(found.skipped) > 10 else "")
         lines.insert(2, f"{len(found.skipped):,} more are skipped as too long: {named}")

@@ -119,6 +119,40 @@ def test_every_stage_is_shown(world: Path, tmp_path: Path, said: Said) -> None:
     assert first.count("[[") == second.count("[[") == len(some[0]["conversations"][1::2])
 
 
+def test_replayed_samples_are_counted_as_in_training(
+    world: Path, tmp_path: Path, said: Said, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = world / "datasets/tiny"
+    changes: dict[str, Any] = {
+        "data": [{"path": str(tiny / "train_iconqa.json"), "image_root": str(tiny)}],
+        "replay": {
+            "data": [{"path": str(tiny / "train_instructions.json"), "image_root": str(tiny)}],
+            "share": 0.3,
+        },
+        "train": {"steps": None, "epochs": 1},
+    }
+    out = said(run_file(world, tmp_path, **changes))
+    line = "replay: 17 of 92 samples in each epoch, beside 40 of the stage's own"
+    assert line in out and "8 steps of 8 samples, 1.12 epochs" in out
+    train(run_options(world, tmp_path, **changes))
+    assert line in " ".join(capsys.readouterr().err.split())
+    assert len(metrics(tmp_path / "run")) == 8
+
+
+def test_faults_of_replayed_data_are_found_with_the_others(world: Path, tmp_path: Path) -> None:
+    tiny = world / "datasets/tiny"
+    bad = {"id": "empty", "conversations": []}
+    replay = {"data": data(world, tmp_path, [bad, *rows(world)]), "share": 0.001}
+    own = [{"path": str(tiny / "train_iconqa.json"), "image_root": str(tiny)}]
+    path = run_file(world, tmp_path, data=own, replay=replay)
+    for overrides, more in (((), ()), (("train.clip=-1",), ("train.clip",))):
+        found = faults(path, *overrides)
+        for word in ("empty", "share of 0.001 beside 40 samples comes to none", *more):
+            assert any(word in fault for fault in found), (word, found)
+    share = next(fault for fault in found if "comes to none" in fault)
+    assert "run.yaml, line" in share and "replay.share" in share
+
+
 def test_samples_that_are_skipped_are_named(world: Path, tmp_path: Path, said: Said) -> None:
     text = {"id": "short", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     long = {

@@ -13,7 +13,7 @@ from mmtune.core.errors import UserError
 from mmtune.data.batches import Example, batch_order
 from mmtune.parts import VisionLanguageModel
 from mmtune.run import ReplayOptions, TrainOptions, data_hash
-from mmtune.training.plan import draw_replay, make_plan, read_replay
+from mmtune.training.plan import count_replay, draw_replay, make_plan, read_replay
 from tests.world import run_options
 
 
@@ -73,7 +73,7 @@ def test_no_sample_of_the_pool_comes_again_before_all_have_come() -> None:
 
 @pytest.mark.parametrize(("share", "own", "count"), [(0.05, 6000, 316), (0.5, 40, 40), (0.8, 10, 40)])
 def test_the_share_is_of_all_samples(share: float, own: int, count: int) -> None:
-    assert ReplayOptions([], share).count(own) == count
+    assert count_replay(ReplayOptions([], share), own) == count
     assert count / (own + count) == pytest.approx(share, abs=0.5 / own)
 
 

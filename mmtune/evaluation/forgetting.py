@@ -26,10 +26,15 @@ SUMMARIES = ("source", "target", "mean", "harmonic_mean", "o_mean")
 
 
 class Answer(NamedTuple):
-    """What one question brought: a score in [0, 1], and the cluster it depends on (its picture)."""
+    """What one question brought: a score in [0, 1], and the cluster it depends on (its picture).
+
+    text: what the model said, "" where it said nothing. accepted: the annotated answers.
+    """
 
     score: float
     cluster: str
+    text: str = ""
+    accepted: tuple[str, ...] = ()
 
 
 Answers = Mapping[str, Answer]
@@ -59,6 +64,10 @@ class Evaluation:
     limit: int | None
     """Only the first so many questions of each task were asked."""
     decoding: dict[str, Any]
+    restored: str | None
+    """The part that was put back as it is in the base, if there was one."""
+    base_hash: str | None
+    """The model it was taken from."""
 
 
 def read_evaluation(folder: Path, tasks: Sequence[str]) -> Evaluation:
@@ -96,6 +105,8 @@ def read_evaluation(folder: Path, tasks: Sequence[str]) -> Evaluation:
         made_with={key: results.get(key) for key in ("versions", "precision", "batch_size", "padding")},
         limit=results.get("limit"),
         decoding=results.get("decoding", {}),
+        restored=results.get("restored"),
+        base_hash=results.get("base_hash"),
     )
 
 
@@ -117,7 +128,10 @@ def _read_answers(path: Path, of: dict[str, Any]) -> dict[str, Answer]:
         if identity in answers:
             raise UserError(f"question_id {identity} occurs a second time", where=where)
         score = field(row, "score", (int, float), where)
-        answers[identity] = Answer(score, str(field(row, "cluster", (str, int), where)))
+        text = field(row, "prediction", (str, type(None)), where) or ""
+        accepted = field(row, "target", list, where) if "target" in row else []
+        cluster = str(field(row, "cluster", (str, int), where))
+        answers[identity] = Answer(score, cluster, text, tuple(map(str, accepted)))
     mean = _points(answer.score for answer in answers.values())
     # A tolerance for scores that were rounded when they were written.
     if len(answers) != of["n"] or abs(mean - of["score"]) > 0.01:
@@ -137,12 +151,15 @@ def _points(scores: Iterable[float]) -> float:
 def check_comparable(base: Evaluation, others: Mapping[str, Evaluation]) -> None:
     """Raises UserError, with every difference, unless all scores were made as the base's were.
 
-    The same decoding, and for each task the same split, rule, protocol (its hash) and questions (the
-    annotation file's hash, and how many of them).
+    The same decoding, the same part put back (or none), and for each task the same split, rule, protocol (its
+    hash) and questions (the annotation file's hash, and how many of them).
     """
     faults = []
     for name, other in others.items():
-        differences: list[tuple[str, str, Any, Any]] = [("", "decoding", base.decoding, other.decoding)]
+        differences: list[tuple[str, str, Any, Any]] = [
+            ("", "decoding", base.decoding, other.decoding),
+            ("", "part put back", base.restored, other.restored),
+        ]
         for task, mine in base.scores.items():
             its = other.scores[task]
             differences += [
@@ -213,6 +230,14 @@ def paired_drop(base: Answers, tuned: Answers, task: str) -> tuple[float, float 
     by question, clustered by picture: smaller than the two scores' own errors suggest (Miller, "Adding
     Error Bars to Evals", arXiv 2411.00640, section 4). Raises UserError where the questions differ.
     """
+    check_same_questions(base, tuned, task)
+    differences = [answer.score - tuned[identity].score for identity, answer in base.items()]
+    stderr = clustered_stderr(differences, [answer.cluster for answer in base.values()])
+    return _points(differences), None if stderr is None else 100 * stderr
+
+
+def check_same_questions(base: Answers, tuned: Answers, task: str) -> None:
+    """Raises UserError where base and run answered different questions."""
     if base.keys() != tuned.keys():
         differ = sorted(base.keys() ^ tuned.keys())
         raise UserError(
@@ -220,9 +245,6 @@ def paired_drop(base: Answers, tuned: Answers, task: str) -> tuple[float, float 
             where=f"task {task}",
             mend="Evaluate both on the same questions.",
         )
-    differences = [answer.score - tuned[identity].score for identity, answer in base.items()]
-    stderr = clustered_stderr(differences, [answer.cluster for answer in base.values()])
-    return _points(differences), None if stderr is None else 100 * stderr
 
 
 def retention(base: float, tuned: float) -> float | None:

@@ -9,6 +9,13 @@ from typing import TYPE_CHECKING, Any
 from mmtune.core.config import Source
 from mmtune.core.errors import Fault, UserError
 from mmtune.core.files import read_json, read_jsonl, write_json
+from mmtune.evaluation.answers import answer_forms, flips, over_seeds
+from mmtune.evaluation.attribution import (
+    attribution_gaps,
+    attribution_group,
+    attribution_row,
+    read_attribution,
+)
 from mmtune.evaluation.forgetting import (
     SUMMARIES,
     Answers,
@@ -60,21 +67,29 @@ def make_report(
         for key in ("config", "data")
     }
     rows = {name: _run_row(name, baseline, evaluations[name], suite) for name in names}
+    restored: dict[str, Evaluation] = {}
     for name, run in zip(names, runs, strict=True):
+        found = read_attribution(run, evaluations[name], baseline, suite, split)
+        restored |= {f"{name} with {part} put back": evaluation for part, evaluation in found.items()}
+        rows[name] |= {"attribution": attribution_row(found, suite)} if found else {}
         rows[name] |= {"tuner": _language_tuner(configs[name]), "seed": configs[name]["seed"]}
         densities = _last_densities(run / "metrics.jsonl")
         rows[name] |= {"density": densities} if densities else {}
-    groups = []
+    groups, gaps = [], []
     for label, members in group_by_config(configs, hashes["data"]):
         for name in members:
             rows[name]["label"] = label
         answers = [evaluations[name].answers for name in members]
         groups.append(_group_row(label, [rows[name] for name in members], baseline, answers, suite))
+        gaps += attribution_gaps(label, [rows[name] for name in members])
     report = {
-        "base": _model_row(_name_of(base), baseline, suite),
+        "base": {
+            **_model_row(_name_of(base), baseline, suite),
+            "format": answer_forms(baseline.answers, baseline.answers, suite.source, suite.target),
+        },
         "runs": list(rows.values()),
         "groups": groups,
-        "warnings": _warnings(baseline, evaluations, trained),
+        "warnings": _warnings(baseline, evaluations, trained, restored) + gaps,
         "files": {name: str(output / name) for name in ("report.json", "frontier.png")},
         "made_with": {
             "suite": suite.name,
@@ -187,6 +202,8 @@ def _run_row(name: str, base: Evaluation, run: Evaluation, suite: Suite) -> dict
         "retention": {
             task: retention(base.scores[task]["score"], run.scores[task]["score"]) for task in suite.source
         },
+        "flips": flips(base.answers, run.answers),
+        "format": answer_forms(base.answers, run.answers, suite.source, suite.target),
     }
 
 
@@ -216,11 +233,17 @@ def _group_row(
         }
         for task in suite.source
     }
+    attribution = attribution_group(rows)
+    group |= {"attribution": attribution} if attribution else {}
+    group |= {key: over_seeds([row[key] for row in rows]) for key in ("flips", "format")}
     return group
 
 
 def _warnings(
-    base: Evaluation, runs: Mapping[str, Evaluation], trained: Mapping[str, dict[str, Any]]
+    base: Evaluation,
+    runs: Mapping[str, Evaluation],
+    trained: Mapping[str, dict[str, Any]],
+    restored: Mapping[str, Evaluation],
 ) -> list[str]:
     warnings = [
         f"{name} started from no saved model as a whole, so the base cannot be checked"
@@ -229,7 +252,7 @@ def _warnings(
     ]
     if base.limit is not None:
         warnings.append(f"only the first {base.limit} questions of each task were asked")
-    for name, evaluation in {"base": base, **runs}.items():
+    for name, evaluation in {"base": base, **runs, **restored}.items():
         for task, row in evaluation.scores.items():
             if row["missing"]:
                 share = f"{row['missing']} of {row['n']}"

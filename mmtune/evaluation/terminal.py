@@ -12,19 +12,18 @@ from rich.text import Text
 
 from mmtune.evaluation.forgetting import half_width, short_names
 
+HEADINGS = {
+    "language_off": "language put back",
+    "connector_restored": "connector put back",
+    "vision_restored": "vision put back",
+}
+
 
 def print_report(report: dict[str, Any], console: Console) -> None:
     """The report as a table of at most 100 columns, and below it how the scores were made."""
     made = report["made_with"]
     short = short_names([*made["source"], *made["target"]])
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        title=f"Gained and forgotten, suite {made['suite']}, {_splits(made, short)} (points)",
-        title_justify="left",
-        title_style="bold",
-    )
+    table = _table(f"Gained and forgotten, suite {made['suite']}, {_splits(made, short)} (points)")
     table.add_column("", overflow="fold")
     for heading in ("Source", "Target", "Mean", "H-mean"):
         table.add_column(heading, justify="right", min_width=6)
@@ -50,11 +49,66 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     if not console.is_terminal:  # a pipe has no width of its own
         console.width = max(console.width, 100)
     console.print(table)
+    if any("attribution" in group for group in report["groups"]):
+        console.print(_attribution(report))
+    console.print(_answers(report, short))
     for line in _notes(report, short):
         console.print(line)
     for warning in report["warnings"]:
         console.print(Text(f"WARNING: {warning}", style="bold yellow"))
     console.print(Text("Written: " + ", ".join(report["files"].values())), soft_wrap=True)
+
+
+def _table(title: str) -> Table:
+    return Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+    )
+
+
+def _attribution(report: dict[str, Any]) -> Table:
+    """Source / Target of the whole model and with each part put back."""
+    groups = report["groups"]
+    table = _table("Where it sits: Source / Target, whole and with one part put back as in the base")
+    variants = [name for name in HEADINGS if any(name in group.get("attribution", {}) for group in groups)]
+    table.add_column("", overflow="fold")
+    for heading in ("whole", *(HEADINGS[name] for name in variants)):
+        table.add_column(heading, justify="right")
+    for group in groups:
+        cells = [group, *(group.get("attribution", {}).get(name) for name in variants)]
+        pairs = [(cell["source"], cell["target"]) if cell else () for cell in cells]
+        means = [" / ".join(f"{each['mean']:.1f}" for each in pair) for pair in pairs]
+        table.add_row(Text(group["label"], style="bold"), *means)
+        if len(group["seeds"]) > 1:
+            deviations = [" / ".join(f"{each['sd']:.1f}" for each in pair) for pair in pairs]
+            label = f"  ± SD, {len(group['seeds'])} seeds"
+            table.add_row(*[Text(text, style="dim") for text in (label, *deviations)])
+    return table
+
+
+def _answers(report: dict[str, Any], short: Mapping[str, str]) -> Table:
+    """What became of the answers to the source tasks, beside their score."""
+    source = report["made_with"]["source"]
+    table = _table("Answers to the source tasks")
+    table.add_column("", overflow="fold")
+    for task in source:
+        table.add_column(short[task], justify="right", min_width=6, overflow="fold")
+    for group in report["groups"]:
+        forms = [group["format"][task] for task in source]
+        turned = [
+            [group["flips"][task][key]["mean"] for key in ("right_to_wrong", "wrong_to_right")]
+            for task in source
+        ]
+        table.add_section()
+        table.add_row(Text(group["label"], style="bold"))
+        table.add_row("  in the target's form, %", *[f"{form['off_format']['mean']:.1f}" for form in forms])
+        table.add_row("  new, %", *[f"{form['new']['mean']:.1f}" for form in forms])
+        table.add_row("  questions lost / won", *[f"{lost:.0f} / {won:.0f}" for lost, won in turned])
+    return table
 
 
 def _splits(made: Mapping[str, Any], short: Mapping[str, str]) -> str:
@@ -85,6 +139,10 @@ def _notes(report: dict[str, Any], short: Mapping[str, str]) -> list[Text]:
         "Lost: points below the base, paired question by question.",
         "± 95 %, questions: had other questions been asked of these same models; nothing about seeds.",
     ]
+    notes.append(
+        "New: answers that neither base nor annotations give to any question of that task. In the target's "
+        "form: those of them that the run gives, rightly, to the target. Lost / won: against the base."
+    )
     if any(len(group["seeds"]) > 1 for group in report["groups"]):
         notes.append("± SD, seeds: between trainings that differ in the seed alone; nothing about questions.")
     if any(len(group["seeds"]) == 1 for group in report["groups"]):

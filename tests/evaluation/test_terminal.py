@@ -8,7 +8,7 @@ from rich.console import Console
 
 from mmtune.evaluation.report import make_report
 from mmtune.evaluation.terminal import print_report
-from tests.made_up_runs import GROUPS, SOURCE, TINY, base_of, world
+from tests.made_up_runs import GROUPS, SOURCE, TINY, base_of, level, rewrite, world, write_evaluation
 
 
 def printed(report: dict[str, Any]) -> str:
@@ -36,3 +36,44 @@ def test_table_is_plain_and_fits_100_columns_when_piped(tmp_path: Path) -> None:
     assert "rule exact, n=200" in " ".join(notes.split())
     assert str(tmp_path / "out" / "frontier.png") in notes
     assert "WARNING" not in text
+
+
+def test_where_it_sits_is_shown_where_it_was_measured(tmp_path: Path) -> None:
+    base, runs = base_of(tmp_path), world(tmp_path, GROUPS, seeds=(0, 1))
+    plain = make_report(base, runs, TINY, "test", tmp_path / "out")
+    assert "Where it sits" not in printed(plain)
+    for run in runs[:2]:
+        place = run / TINY.folder("test", "language")
+        write_evaluation(place, level(90, 26), seed=len(str(place)), model=run.name)
+        rewrite(place / "results.json", restored="language", base_hash="base model")
+    report = make_report(base, runs, TINY, "test", tmp_path / "out")
+    text = printed(report)
+    table = text[text.index("Where it sits") : text.index("Answers to the source")]
+    assert "language put back" in table and "connector" not in table
+    whole, off = report["groups"][0], report["groups"][0]["attribution"]["language_off"]
+    cells = [f"{each['source']['mean']:.1f} / {each['target']['mean']:.1f}" for each in (whole, off)]
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in table.splitlines() if line.strip()}
+    assert rows["lora"] == " ".join(cells)
+    other = report["groups"][1]
+    assert rows["lorasculpt"] == f"{other['source']['mean']:.1f} / {other['target']['mean']:.1f}"
+
+
+def test_what_became_of_the_answers(tmp_path: Path) -> None:
+    base, runs = base_of(tmp_path), world(tmp_path, GROUPS, seeds=(0, 1))
+    for run, letters in zip(runs[:2], (60, 40), strict=True):
+        for task in ("tiny_place", "tiny_iconqa"):
+            path = run / TINY.folder("test") / f"samples_{task}.jsonl"
+            said = path.read_text().replace('"prediction": "a"', '"prediction": "B"', letters)
+            path.write_text(said)
+    report = make_report(base, runs, TINY, "test", tmp_path / "out")
+    text = printed(report)
+    table = text[text.index("Answers to the source") : text.index("Source: mean of")]
+    first, _ = table.split("lorasculpt")
+    lines = {line.strip().split("  ")[0]: line.split() for line in first.splitlines() if line.strip()}
+    assert lines["in the target's form, %"][-5:] == ["0.0", "0.0", "0.0", "25.0", "0.0"]
+    assert lines["new, %"][-5:] == ["0.0", "0.0", "0.0", "25.0", "0.0"]
+    turned = [report["groups"][0]["flips"][task] for task in SOURCE]
+    counts = [
+        f"{each['right_to_wrong']['mean']:.0f} / {each['wrong_to_right']['mean']:.0f}" for each in turned
+    ]
+    assert " ".join(lines["questions lost / won"][4:]) == " ".join(counts)

@@ -185,15 +185,20 @@ def test_what_was_made_otherwise_is_made_again(
 def tuned(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose connector has a LoRA and whose language model trained in full."""
     folder = tmp_path_factory.mktemp("tuned")
-    tune = {"connector": {**LORA, "lr": 0.1}, "language": {**FULL, "lr": 0.02}}
+    tune = {"connector": {**LORA, "lr": 0.1}, "language": {**FULL, "lr": 0.01}}
     train(run_options(world, folder, tune=tune))
     return folder / "run"
 
 
 def test_a_part_is_put_back_and_the_results_say_so(place: Path, tuned: Path) -> None:
     final, base = tuned / "final", Path("base")
+    tasks = ["tiny_colour", "tiny_place", "tiny_iconqa"]
+
+    def said(folder: str) -> list[list[dict[str, Any]]]:
+        return [samples(place / folder, task) for task in tasks]
+
     for part, kept in (("language", "connector"), ("connector", "language")):
-        made = evaluate(final, ["tiny_colour"], place / part, restore=part)
+        made = evaluate(final, tasks, place / part, restore=part)
         assert (made["restored"], made["base_hash"]) == (part, model_hash(base))
         assert (made["base"], made["model_hash"]) == (str(base.resolve()), model_hash(final))
         console = Console(file=StringIO(), width=200)
@@ -201,15 +206,14 @@ def test_a_part_is_put_back_and_the_results_say_so(place: Path, tuned: Path) -> 
         printed = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
         assert f"{final}, {part} as in {base.resolve()}" in printed
         # The same model the other way round: the base with the other part tuned.
-        VisionLanguageModel.from_pretrained(base, instead={kept: final}).save_pretrained(
-            place / f"{part} hand"
-        )
-        evaluate(place / f"{part} hand", ["tiny_colour"], place / f"{part} by hand")
-        assert samples(place / part, "tiny_colour") == samples(place / f"{part} by hand", "tiny_colour")
-    evaluate(final, ["tiny_colour"], place / "whole")
-    evaluate(base, ["tiny_colour"], place / "base")
-    said = [samples(place / name, "tiny_colour") for name in ("whole", "language", "connector", "base")]
-    assert all(one != other for i, one in enumerate(said) for other in said[:i])
+        by_hand = VisionLanguageModel.from_pretrained(base, instead={kept: final})
+        by_hand.save_pretrained(place / f"{part} model")
+        evaluate(place / f"{part} model", tasks, place / f"{part} by hand")
+        assert said(part) == said(f"{part} by hand")
+    evaluate(final, tasks, place / "whole")
+    evaluate(base, tasks, place / "base")
+    different = [said(name) for name in ("whole", "language", "connector", "base")]
+    assert all(one != other for i, one in enumerate(different) for other in different[:i])
 
 
 def test_a_restored_evaluation_is_another_one(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from mmtune.parts.spec import PARTS
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from mmtune.training.signals import Signals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         count = len(error.faults)
         print(f"mmtune: {error}" if count == 1 else f"mmtune: {count} faults\n{error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("mmtune: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        print(f"mmtune: {stopped or 'interrupted'}", file=sys.stderr)
+        return getattr(stopped, "exit_code", 130)
     return 0
 
 
@@ -170,6 +173,13 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from mmtune.training.signals import Signals
+
+    with Signals(_command("train", str(options.yaml), *options.overrides, "--resume")) as signals:
+        _train_and_evaluate(options, signals)
+
+
+def _train_and_evaluate(options: argparse.Namespace, signals: Signals) -> None:
     from mmtune.evaluation.protocol import load_protocol, load_suite
     from mmtune.run import read_run
     from mmtune.training.folder import open_run
@@ -186,7 +196,7 @@ def _train(options: argparse.Namespace) -> None:
     else:
         from mmtune.training.loop import train
 
-        train(run, options.resume)
+        train(run, options.resume, signals)
         print(f"trained: {final}")
     if not wanted or not suite:
         return
@@ -262,12 +272,18 @@ def _report(options: argparse.Namespace) -> None:
 
 def _sweep(options: argparse.Namespace) -> None:
     from mmtune.experiments.sweep import run_sweep
+    from mmtune.training.signals import Signals
 
-    report = run_sweep(options.yaml, options.overrides)
+    with Signals(_command("sweep", str(options.yaml), *options.overrides)) as signals:
+        report = run_sweep(options.yaml, options.overrides, signals)
     from mmtune.evaluation.terminal import print_report
 
     print_report(report, _console())
     print(f"best: {report['best']}")
+
+
+def _command(*arguments: str) -> str:
+    return shlex.join(["mmtune", *arguments])
 
 
 def _console() -> Console:

@@ -240,6 +240,8 @@ class RunOptions:
         if self.evaluate and self.evaluate.attribution and not whole:
             mend = "Start from model.base alone, or leave attribution out."
             fault("evaluate.attribution", "there is no base model whose parts could be put back", mend)
+        if not 0 <= self.seed < 2**32:
+            fault("seed", f"expected 0 to {2**32 - 1}, found {self.seed}")
 
     @property
     def folder(self) -> Path:

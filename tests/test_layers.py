@@ -22,7 +22,8 @@ evaluation.metrics.exact evaluation.metrics evaluation.score evaluation.protocol
 evaluation.restore evaluation.evaluate evaluation.forgetting evaluation.attribution evaluation.answers
 evaluation.terminal evaluation.frontier evaluation.report
 run
-training.folder training.plan training.optim training.checkpoint training.meter training.loop training.check
+training.folder training.plan training.optim training.checkpoint training.meter training.signals
+training.loop training.check
 experiments.sweep
 cli
 """.split()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,29 +66,93 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; renamed to `path` when the block ends without an error.
+    """A temporary name beside `path` to write to; once the block ends without an error its content is put on
+    the disk and it is renamed to `path`, so that a file of that name is whole, whenever the power fails.
 
-    Raises UserError where the folder cannot be written to.
+    Raises UserError where it cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = _hidden(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror or error}", where=path) from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
     finally:
-        if temporary.is_file():
-            temporary.unlink()
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """As `replacing`, for a folder with all that is in it. `folder` must not exist yet.
+
+    Raises UserError where it cannot be written.
+    """
+    temporary = _hidden(folder)
+    try:
+        with writing(folder):
+            _remove(temporary)
+            temporary.mkdir(parents=True)
+            yield temporary
+            for inside in (*temporary.rglob("*"), temporary):
+                sync(inside)
+            os.rename(temporary, folder)
+            sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder, which loses its name before anything in it is gone. Raises UserError."""
+    with writing(folder, "removed"):
+        temporary = _hidden(folder)
+        _remove(temporary)
+        os.rename(folder, temporary)
+        sync(folder.parent)
+        shutil.rmtree(temporary)
+
+
+def remove_partials(folder: Path) -> None:
+    """Removes what was being written or removed under `folder` when a process died. Raises UserError."""
+    for path in list(folder.rglob(".*.partial")):
+        with writing(path, "removed"):
+            _remove(path)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def writing(path: Path, done: str = "written") -> Iterator[None]:
+    """Turns a write that fails into a UserError that names `path`: an OSError, and what the libraries written
+    in Rust raise in its place, which is no OSError but quotes one.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not (isinstance(error, OSError) or "(os error" in str(error)):
+            raise
+        raise UserError(
+            f"cannot be {done}: {getattr(error, 'strerror', None) or error}",
+            where=path,
+            mend="What was written before is whole. Once this can be written, the same command goes on "
+            "(mmtune train: with --resume).",
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text whole or not at all."""
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -115,3 +180,14 @@ def shipped(path: str | Path) -> Path:
         ours = share("data").joinpath(*path.parts[1:])
         return ours if ours.exists() else path
     return path
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

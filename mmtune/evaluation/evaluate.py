@@ -17,7 +17,7 @@ from rich.table import Table
 
 from mmtune.core.config import to_dict
 from mmtune.core.errors import UserError
-from mmtune.core.files import read_json, write_json, write_text
+from mmtune.core.files import read_json, write_json, write_text, writing
 from mmtune.core.versions import versions
 from mmtune.evaluation.metrics.base import some
 from mmtune.evaluation.protocol import Suite, load_protocol
@@ -91,6 +91,9 @@ def evaluate(
 
     instead = {restore: base} if restore and base else {}
     model = VisionLanguageModel.from_pretrained(model_folder, dtype=dtype, instead=instead).to(best_device())
+    # Gone before the first samples are replaced, back after the last: the two never belong to two models.
+    with writing(output / "results.json", "removed"):
+        (output / "results.json").unlink(missing_ok=True)
     for protocol, questions, _ in asked:
         questions = questions[:limit]
         images = (root or protocol.root) / protocol.images

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from mmtune.core.config import Report, Source, parse
 from mmtune.core.errors import UserError
 from mmtune.run import RunOptions, read_run
+from mmtune.training.signals import Signals
 
 
 @dataclass
@@ -57,8 +58,12 @@ def read_sweep(path: Path, overrides: list[str] | None = None) -> tuple[SweepOpt
     return options, runs
 
 
-def run_sweep(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+def run_sweep(
+    path: Path, overrides: list[str] | None = None, signals: Signals | None = None
+) -> dict[str, Any]:
     """Trains and evaluates what is not finished yet. Returns the report, with `best`: a name.
+
+    signals: as in `train`.
 
     Raises UserError where the folder of a run holds another run than the sweep asks for.
     """
@@ -80,7 +85,7 @@ def run_sweep(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
         if not done:
             from mmtune.training.loop import train
 
-            train(run, resume=True)
+            train(run, resume=True, signals=signals)
         attribution = run.evaluate is not None and run.evaluate.attribution
         evaluate_suite(run.folder / "final", suite, run.folder, options.split, attribution)
     report = make_report(base, [run.folder for run in runs], suite, options.split, folder / "report")

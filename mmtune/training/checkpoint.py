@@ -1,6 +1,7 @@
 """Checkpoints: a model folder, and under `training/` what a resumed run needs. Safetensors and JSON only.
 
-Written under a temporary name and renamed, so a folder named step-N is whole.
+Written under a temporary name, put on the disk and renamed, so a folder named step-N is whole; one that is
+removed loses its name first.
 """
 
 from __future__ import annotations
@@ -8,16 +9,17 @@ from __future__ import annotations
 import base64
 import json
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mmtune.core.errors import UserError
-from mmtune.core.files import read_json, write_json, write_text
+from mmtune.core.files import read_json, remove_folder, replacing_folder, write_json, write_text
+from mmtune.parts.fingerprint import model_hash
 from mmtune.parts.model import VisionLanguageModel
 from mmtune.tuning.base import Tuner
 
@@ -29,19 +31,28 @@ def save_checkpoint(
     tuners: dict[str, Tuner],
     state: dict[str, Any],
 ) -> None:
-    """Writes `folder` (named step-N). `state` holds step, stage, versions and hashes; the RNGs are added."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    training = partial / "training"
-    training.mkdir()
-    save_file(_moments(model, optimizer), training / "optimizer.safetensors")
-    tensors = {f"{part}/{name}": t for part, tuner in tuners.items() for name, t in tuner.state().items()}
-    save_file(tensors, training / "tuners.safetensors")
-    write_json(training / "state.json", {**state, "rng": _rng_state()})
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    """Writes `folder` (named step-N). `state` holds step, stage, versions and hashes; the RNGs are added.
+
+    Raises UserError where it cannot be written.
+    """
+    with replacing_folder(folder) as partial:
+        model.save_pretrained(partial)
+        training = partial / "training"
+        training.mkdir()
+        save_file(_moments(model, optimizer), training / "optimizer.safetensors")
+        tensors = {f"{part}/{name}": t for part, tuner in tuners.items() for name, t in tuner.state().items()}
+        save_file(tensors, training / "tuners.safetensors")
+        write_json(training / "state.json", {**state, "rng": _rng_state()})
+
+
+def save_model(model: VisionLanguageModel, folder: Path, trained: dict[str, Any]) -> None:
+    """Writes the model a stage ends with. `trained`: what trained.json is to say beside the model's hash.
+
+    Raises UserError where it cannot be written.
+    """
+    with replacing_folder(folder) as partial:
+        model.save_pretrained(partial)
+        write_json(partial / "trained.json", {**trained, "model_hash": model_hash(partial)})
 
 
 def load_checkpoint(
@@ -50,17 +61,20 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     tuners: dict[str, Tuner],
 ) -> dict[str, Any]:
-    """Restores weights, moments, tuner state and RNGs into an attached model. Returns the saved state."""
+    """Restores weights, moments, tuner state and RNGs into an attached model. Returns the saved state.
+
+    Raises UserError where a file is missing or broken.
+    """
     saved = VisionLanguageModel.from_pretrained(folder)  # fp32, so that no trained weight is rounded
     model.load_state_dict(saved.state_dict())
     training = folder / "training"
-    moments = load_file(training / "optimizer.safetensors")
+    moments = _load(training / "optimizer.safetensors")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             mine = {key.rpartition("/")[2]: t for key, t in moments.items() if key.rpartition("/")[0] == name}
             if mine:
                 optimizer.state[parameter] = mine
-    tensors = load_file(training / "tuners.safetensors")
+    tensors = _load(training / "tuners.safetensors")
     for part, tuner in tuners.items():
         prefix = f"{part}/"
         tuner.load_state({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
@@ -69,16 +83,18 @@ def load_checkpoint(
     return state
 
 
-def newest(folder: Path) -> Path | None:
-    """The complete checkpoint with the highest step under `folder`, or None."""
-    found = sorted(folder.glob("step-*"), key=_step)
-    return found[-1] if found else None
+def newest(folder: Path, stage: int | None = None) -> Path | None:
+    """The checkpoint with the highest step under `folder`, of one stage or of any, or None."""
+    for found in sorted(folder.glob("step-*"), key=_step, reverse=True):
+        if stage is None or read_json(found / "training/state.json")["stage"] == stage:
+            return found
+    return None
 
 
 def prune_old(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints."""
+    """Removes all but the newest `keep` checkpoints. Raises UserError where one cannot be removed."""
     for old in sorted(folder.glob("step-*"), key=_step)[:-keep]:
-        shutil.rmtree(old)
+        remove_folder(old)
 
 
 def cut_metrics(path: Path, step: int) -> None:
@@ -86,7 +102,7 @@ def cut_metrics(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] > step:
                 break
@@ -101,6 +117,17 @@ def _step(folder: Path) -> int:
         return int(folder.name.removeprefix("step-"))
     except ValueError:
         raise UserError("this is no checkpoint of ours", where=folder, mend="Move it elsewhere.") from None
+
+
+def _load(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot be loaded: {error}",
+            where=file,
+            mend=f"Remove {file.parents[1]} to go on from the checkpoint before it.",
+        ) from None
 
 
 def _moments(model: VisionLanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ def open_run(options: RunOptions, resume: bool) -> bool:
     saved = folder / "run.yaml"
     done = done_folders(options)
     # A run that was stopped before its first step, by a mistake in its config for example, is none.
-    if not any(path.exists() for path in (folder / "metrics.jsonl", *done)):
+    if not any(path.exists() for path in (folder / "metrics.jsonl", folder / "checkpoints", *done)):
         write_text(saved, yaml.safe_dump(described, sort_keys=False))
         return False
     before = Source(saved).tree

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from mmtune.core.files import writing
 
 
 class Meter:
@@ -67,7 +70,10 @@ class Meter:
             print(line, file=sys.stderr, flush=True)
 
     def log(self, values: dict[str, Any]) -> None:
-        """Appends a line to metrics.jsonl, with samples/s and tokens/s since the last one."""
+        """Appends a line to metrics.jsonl, with samples/s and tokens/s since the last one.
+
+        It is on the disk before a checkpoint of its step is. Raises UserError where it cannot be written.
+        """
         now = time.perf_counter()
         seconds = max(now - self.window, 1e-9)
         speed = {
@@ -75,5 +81,8 @@ class Meter:
             "tokens_per_s": round(self.tokens / seconds, 1),
         }
         self.window, self.samples, self.tokens = now, 0, 0
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({**values, **speed}, allow_nan=False) + "\n")
+        line = json.dumps({**values, **speed}, allow_nan=False) + "\n"
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())

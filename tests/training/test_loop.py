@@ -145,7 +145,7 @@ def test_activation_checkpointing_is_switched_on(
     def look(model: VisionLanguageModel, folder: Path, state: dict[str, Any]) -> None:
         seen["on"] = [model.core(part).is_gradient_checkpointing for part in ("vision", "language")]
 
-    monkeypatch.setattr(loop, "_save_model", look)
+    monkeypatch.setattr(loop, "save_model", look)
     train(run_options(world, tmp_path, train={"steps": 1, "activation_checkpointing": True}))
     assert seen["on"] == [True, True]
 
@@ -222,7 +222,7 @@ def test_frozen_is_bit_identical_trained_is_fp32_pruned_is_zero(
 ) -> None:
     kept: list[tuple[VisionLanguageModel, dict[str, Any]]] = []
     tuners: dict[str, Any] = {}
-    save, attach = loop._save_model, loop._attach
+    save, attach = loop.save_model, loop._attach
 
     def keep(model: VisionLanguageModel, folder: Path, state: dict[str, Any]) -> None:
         kept.append((model, state))
@@ -232,7 +232,7 @@ def test_frozen_is_bit_identical_trained_is_fp32_pruned_is_zero(
         tuners.update(made)
         return attach(model, made, folder, number)
 
-    monkeypatch.setattr(loop, "_save_model", keep)
+    monkeypatch.setattr(loop, "save_model", keep)
     monkeypatch.setattr(loop, "_attach", remember)
     options = run_options(
         world, tmp_path, tune=PENALISED, model={"base": str(world / "base"), "dtype": dtype}

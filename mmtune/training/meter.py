@@ -22,6 +22,9 @@ from rich.progress import (
 
 from mmtune.core.files import writing
 
+# What a line of metrics.jsonl tells of the time; all else in it is the same when a run is repeated.
+SPEEDS = ("samples_per_s", "tokens_per_s")
+
 
 class Meter:
     """A context around a stage. Without a terminal a line is printed now and then instead of the bar."""
@@ -76,12 +79,9 @@ class Meter:
         """
         now = time.perf_counter()
         seconds = max(now - self.window, 1e-9)
-        speed = {
-            "samples_per_s": round(self.samples / seconds, 2),
-            "tokens_per_s": round(self.tokens / seconds, 1),
-        }
+        speeds = (round(self.samples / seconds, 2), round(self.tokens / seconds, 1))
         self.window, self.samples, self.tokens = now, 0, 0
-        line = json.dumps({**values, **speed}, allow_nan=False) + "\n"
+        line = json.dumps({**values, **dict(zip(SPEEDS, speeds, strict=True))}, allow_nan=False) + "\n"
         with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(line)
             file.flush()

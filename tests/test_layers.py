@@ -20,7 +20,7 @@ tuning.base tuning.penalty tuning.frozen tuning.full tuning.lora tuning.sculpt t
 evaluation.metrics.base evaluation.metrics.vqa evaluation.metrics.iconqa evaluation.metrics.gqa
 evaluation.metrics.exact evaluation.metrics evaluation.score evaluation.protocol evaluation.generate
 evaluation.restore evaluation.evaluate evaluation.forgetting evaluation.attribution evaluation.answers
-evaluation.terminal evaluation.frontier evaluation.report
+evaluation.terminal evaluation.frontier evaluation.examples evaluation.page evaluation.report
 run
 training.folder training.plan training.optim training.checkpoint training.meter training.signals
 training.loop training.check

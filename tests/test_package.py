@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.made_up_runs import GROUPS, base_of, world
+
 ROOT = Path(__file__).resolve().parents[1]
 SETUPTOOLS = 77  # as pyproject.toml says
 BELONGS = (
@@ -112,6 +114,15 @@ def test_protocols_suites_cards_and_parts_come_along(
     expected = json.loads(capsys.readouterr().out)
     for key in expected.keys() - {"package"}:
         assert found[key] == expected[key]
+
+
+def test_the_wheel_writes_a_report_with_its_page(installed: Path, tmp_path: Path) -> None:
+    base, runs = base_of(tmp_path), world(tmp_path, GROUPS, seeds=(0,))
+    command = ["report", "--base", base, *runs, "--suite", "tiny", "--output_path", tmp_path / "out"]
+    ran = python(installed, "-m", "mmtune.cli", *map(str, command))
+    assert ran.returncode == 0, ran.stderr
+    assert "report.html" in ran.stdout
+    assert "lorasculpt" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_every_file_of_the_checkout_is_in_the_wheel(installed: Path) -> None:

@@ -22,6 +22,7 @@ from mmtune.core.files import read_json, read_jsonl
 from mmtune.evaluation.metrics.base import clustered_stderr, field, some
 
 Z95 = NormalDist().inv_cdf(0.975)
+NO_DIFFERENCE = ("name", "seed", "output", "evaluate")  # keys of a config by which no group differs
 SUMMARIES = ("source", "target", "mean", "harmonic_mean", "o_mean")
 
 
@@ -289,7 +290,7 @@ def group_by_config(
     """
     groups: dict[str, list[str]] = {}
     for name, config in configs.items():
-        decides = {k: v for k, v in config.items() if k not in ("name", "seed", "output", "evaluate")}
+        decides = {k: v for k, v in config.items() if k not in NO_DIFFERENCE}
         groups.setdefault(json.dumps([decides, data[name]], sort_keys=True), []).append(name)
     labels = [label_of(names[0]) for names in groups.values()]
     labelled = []
@@ -303,6 +304,35 @@ def group_by_config(
         by_seed = sorted(names, key=lambda name: configs[name]["seed"])
         labelled.append((names[0] if labels.count(label) > 1 else label, by_seed))
     return labelled
+
+
+def series_of(configs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The groups, by label, that differ in one number of their configs alone, in the order of that number.
+
+    Such as LoRA at several rates: {"key": "tune.language.lr", "labels": [...]}. Three at least make a series.
+    """
+    flat = {label: _flat(config) for label, config in configs.items()}
+    keys = dict.fromkeys(key for config in flat.values() for key in config)
+    found = []
+    for key in keys:
+        alike: dict[str, list[str]] = {}
+        for label, config in flat.items():
+            if type(config.get(key)) in (int, float):
+                rest = {k: v for k, v in config.items() if k != key}
+                alike.setdefault(json.dumps(rest, sort_keys=True), []).append(label)
+        for labels in alike.values():
+            if len(labels) > 2:
+                found.append({"key": key, "labels": sorted(labels, key=lambda label: flat[label][key])})
+    return found
+
+
+def _flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """a.b.c -> value, without what makes no difference to a group."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if above or key not in NO_DIFFERENCE:
+            flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
+    return flat
 
 
 def label_of(name: str) -> str:

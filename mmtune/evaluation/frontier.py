@@ -1,12 +1,16 @@
-"""The picture of a report: what was kept against what was gained."""
+"""The picture of a report, what was kept against what was gained, as a PNG and as SVG for a page."""
 
 from __future__ import annotations
 
+import io
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -27,54 +31,172 @@ COLOURS = (
     ("#56B4E9", "#1F6F9C"),
 )
 MARKERS = ("o", "s", "^", "D", "v", "P")
-INK, PALE = "#222222", "#6b6b6b"
+INK, PALE, PAPER = "#222222", "#6b6b6b", "#ffffff"
 SMALLEST_SPAN = 8.0  # points; below it the axes would show noise as if it were a finding
+MOST_NAMES = 8  # more groups are numbered, since their names would cover one another
+MOST_NAMES_NARROW = 4
 Point = tuple[float, float]
 DISTANCES = (9, 16, 26, 38, 52, 68, 86)  # of a label from its point
 DIRECTIONS = ((1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+SETTINGS: Any = {"text.parse_math": False, "svg.fonttype": "none"}  # names are text, never formulas
+KEY_ROWS = 24
 
 
 def draw_frontier(report: dict[str, Any], path: Path) -> None:
     """Writes frontier.png: what each run kept (Source) against what it gained (Target)."""
-    made, base, groups = report["made_with"], report["base"], report["groups"]
-    figure = Figure(figsize=(7.5, 5.3), dpi=160, layout="constrained")
+    groups = report["groups"]
+    numbered = len(groups) > MOST_NAMES
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(10.2 if numbered else 7.5, 5.3), dpi=160, layout="constrained")
+        axes = figure.add_subplot()
+        figure.suptitle(frontier_title(report), x=0.02, ha="left", fontsize=12, fontweight="bold", color=INK)
+        axes.set_title("\n".join(frontier_legend(report)), loc="left", fontsize=8.5, color=PALE)
+        _draw(figure, report, numbered, key=numbered)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png")
+
+
+def frontier_svg(report: dict[str, Any], narrow: bool) -> str:
+    """The same picture as an <svg> element for a page, as wide as a phone or as a column of text.
+
+    Without title and key, which are the page's. Its text is text, its colours are the page's variables --ink,
+    --pale, --paper, and --mark-0, --name-0 and so on, and each point tells its numbers in a <title>.
+    """
+    width = "narrow" if narrow else "wide"
+    with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": width}):
+        figure = Figure(figsize=(3.9, 4.2) if narrow else (7.5, 5.3), dpi=72, layout="constrained")
+        figure.add_subplot()
+        _draw(figure, report, is_numbered(report, narrow), key=False)
+        written = io.BytesIO()
+        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
+    titles = {f"group-{number}": point_title(group) for number, group in enumerate(report["groups"])}
+    base = report["base"]
+    titles["base"] = f"{base['name']}: source {base['source']:.1f}, target {base['target']:.1f}"
+    return _inline(
+        written.getvalue().decode(), titles, frontier_title(report), "narrow" if narrow else "wide"
+    )
+
+
+def is_numbered(report: dict[str, Any], narrow: bool) -> bool:
+    """Whether the picture has the groups' numbers, from 1, in the place of their names."""
+    return len(report["groups"]) > (MOST_NAMES_NARROW if narrow else MOST_NAMES)
+
+
+def looks(report: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Each group's colour and marker, by their numbers; the groups of one series have the same colour."""
+    kin = {label: one["labels"][0] for one in reversed(report["series"]) for label in one["labels"]}
+    families: dict[str, int] = {}
+    found = {}
+    for group in report["groups"]:
+        family = families.setdefault(kin.get(group["label"], group["label"]), len(families))
+        found[group["label"]] = (
+            family % len(COLOURS),
+            (family + family // len(COLOURS)) % len(MARKERS),
+        )
+    return found
+
+
+def point_title(group: Mapping[str, Any]) -> str:
+    """A group in one line: its name, Source and Target with their SD, its seeds."""
+    cells = {which: group[which] for which in ("source", "target")}
+    said = [
+        f"{which} {cell['mean']:.1f}" + ("" if cell["sd"] is None else f" ± {cell['sd']:.1f}")
+        for which, cell in cells.items()
+    ]
+    seeds = len(group["seeds"])
+    return f"{group['label']}: {', '.join(said)} ({seeds} seed{'s' if seeds > 1 else ''})"
+
+
+def _draw(figure: Figure, report: dict[str, Any], numbered: bool, key: bool) -> None:
+    base, groups = report["base"], report["groups"]
     canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    (axes,) = figure.axes
     axes.axvline(base["source"], color=PALE, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
     axes.axhline(base["target"], color=PALE, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
-    axes.plot(base["source"], base["target"], "*", color=INK, markersize=14, zorder=4)
+    axes.plot(base["source"], base["target"], "*", color=INK, markersize=14, zorder=4, gid="base")
     points: list[Point] = [(base["source"], base["target"])]
-    texts, bars = [("base", INK)], []
-    short = short_names([group["label"] for group in groups])
+    texts, bars, handles = [("base", INK)], [], []
+    short, look = short_names([group["label"] for group in groups]), looks(report)
     for number, group in enumerate(groups):
-        colour, dark = COLOURS[number % len(COLOURS)]
-        marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+        (colour, dark), marker = COLOURS[look[group["label"]][0]], MARKERS[look[group["label"]][1]]
         several = len(group["seeds"]) > 1
-        if several:
+        if several and not numbered:
             mine = [row for row in report["runs"] if row["name"] in group["runs"]]
             at = [row["source"] for row in mine], [row["target"] for row in mine]
             axes.scatter(at[0], at[1], s=22, marker=marker, color=colour, alpha=0.4, linewidths=0, zorder=2)
         x, y = group["source"]["mean"], group["target"]["mean"]
         cells = (group["source"], group["target"])
         dx, dy = ((cell["sd"] if several else half_width(cell["ci95"])) or 0.0 for cell in cells)
-        axes.errorbar(x, y, xerr=dx, yerr=dy, color=colour, elinewidth=1.4, capsize=3, zorder=3)
-        axes.plot(x, y, marker, color=colour, markersize=9, markeredgecolor="white", zorder=5)
+        axes.errorbar(
+            x,
+            y,
+            xerr=dx,
+            yerr=dy,
+            color=colour,
+            elinewidth=1.4,
+            capsize=3,
+            zorder=3,
+            alpha=0.5 if numbered else 1,
+        )
+        (point,) = axes.plot(
+            x, y, marker, color=colour, markersize=7 if numbered else 9, markeredgecolor=PAPER, zorder=5,
+            linestyle="none", gid=f"group-{number}",
+        )  # fmt: skip
         points.append((x, y))
-        texts.append((short[group["label"]], dark))
+        texts.append((str(number + 1) if numbered else short[group["label"]], dark))
+        handles.append((point, f"{number + 1}  {short[group['label']]}"))
         bars += [((x - dx, y), (x + dx, y)), ((x, y - dy), (x, y + dy))]
-    seeds = [(row["source"], row["target"]) for row in report["runs"]]
+    place = dict(zip((group["label"] for group in groups), points[1:], strict=True))
+    for one in report["series"]:
+        colour = COLOURS[look[one["labels"][0]][0]][0]
+        xs, ys = zip(*(place[label] for label in one["labels"]), strict=True)
+        axes.plot(xs, ys, color=colour, linewidth=1, alpha=0.6, zorder=2)
+    seeds = [] if numbered else [(row["source"], row["target"]) for row in report["runs"]]
     _frame(axes, report, [*points, *seeds, *itertools.chain(*bars)])
-    figure.suptitle(_title(made), x=0.02, ha="left", fontsize=12, fontweight="bold", color=INK)
-    axes.set_title(_legend(groups), loc="left", fontsize=8.5, color=PALE)
+    if key:
+        figure.legend(
+            *zip(*handles, strict=True), loc="outside right center", frameon=False, fontsize=8.5,
+            ncols=-(-len(handles) // KEY_ROWS), labelcolor=INK,
+        )  # fmt: skip
     canvas.draw()  # the labels' places depend on the final size of the axes
     figure.set_layout_engine("none")
     _place_labels(axes, points, texts, bars, seeds)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
 
 
-def _title(made: Mapping[str, Any]) -> str:
+def _inline(svg: str, titles: Mapping[str, str], name: str, prefix: str) -> str:
+    """matplotlib's SVG as part of a page: no metadata, ids of its own, the page's font and colours."""
+    variables = {INK: "--ink", PALE: "--pale", PAPER: "--paper"}
+    for number, (colour, dark) in enumerate(COLOURS):
+        variables |= {colour: f"--mark-{number}", dark: f"--name-{number}"}
+    drawn = ElementTree.fromstring(svg)
+    for parent in list(drawn.iter()):
+        for child in list(parent):
+            if child.tag.rpartition("}")[2] in ("metadata", "style"):
+                parent.remove(child)
+    for element in drawn.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        title = titles.get(element.get("id", ""))
+        for key, value in list(element.attrib.items()):
+            del element.attrib[key]
+            value = re.sub(r"^#|(?<=url\(#)", lambda found: f"{found[0]}{prefix}-", value)
+            if key == "style":
+                value = re.sub(r"font-family:[^;]*;?", "", value)
+                for colour, variable in variables.items():
+                    value = value.replace(colour.lower(), f"var({variable})")
+            element.set(key.rpartition("}")[2], f"{prefix}-{value}" if key == "id" else value)
+        if title is not None:
+            element.insert(0, ElementTree.Element("title"))
+            element[0].text = title
+    del drawn.attrib["width"], drawn.attrib["height"], drawn.attrib["version"]
+    drawn.set("role", "img")
+    drawn.set("aria-label", name)
+    return ElementTree.tostring(drawn, encoding="unicode", short_empty_elements=False)
+
+
+def frontier_title(report: dict[str, Any]) -> str:
+    """What the picture shows, in words."""
+    made = report["made_with"]
     short = short_names([*made["source"], *made["target"]])
     target, source = made["target"], made["source"]
     gained = short[target[0]] if len(target) == 1 else f"{_number(target)} target tasks"
@@ -86,13 +208,19 @@ def _number(tasks: Sequence[str]) -> str:
     return NUMBERS[len(tasks)] if len(tasks) < len(NUMBERS) else str(len(tasks))
 
 
-def _legend(groups: Sequence[dict[str, Any]]) -> str:
+def frontier_legend(report: dict[str, Any]) -> list[str]:
+    """How to read the picture, in one or more lines."""
+    groups = report["groups"]
     lines = ["Further up and to the right is better."]
     if any(len(group["seeds"]) > 1 for group in groups):
-        lines.append("Large: mean over seeds, bars ± SD between seeds. Small: single seeds.")
+        small = "" if is_numbered(report, narrow=False) else " Small: single seeds."
+        lines.append(f"Large: mean over seeds, bars ± SD between seeds.{small}")
     if any(len(group["seeds"]) == 1 for group in groups):
         lines.append("One seed: bars are the 95 % interval of the questions, which says nothing about seeds.")
-    return "\n".join(lines)
+    if report["series"]:
+        keys = dict.fromkeys(one["key"] for one in report["series"])
+        lines.append(f"Joined by a line: runs that differ in {', or in '.join(keys)}, alone.")
+    return lines
 
 
 def _frame(axes: Axes, report: dict[str, Any], inside: Sequence[Point]) -> None:
@@ -103,6 +231,7 @@ def _frame(axes: Axes, report: dict[str, Any], inside: Sequence[Point]) -> None:
     axes.set_xlabel(_axis_label("Source", made["source"], "upstream"), fontsize=10, color=INK)
     axes.set_ylabel(_axis_label("Target", made["target"], "target"), fontsize=10, color=INK)
     axes.tick_params(labelsize=9, colors=INK)
+    axes.spines[["left", "bottom"]].set_color(PALE)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -137,6 +266,9 @@ def _place_labels(
     source, target = points[0]
     _put(axes, _along_vertical(axes, source, "nothing forgotten"), taken)
     _put(axes, _along_horizontal(axes, target, "nothing gained"), taken)
+    (left, right_end), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    taken.append(_box(axes, (source, bottom), (source, top), 1 * unit))
+    taken.append(_box(axes, (left, target), (right_end, target), 1 * unit))
     for point, (text, colour) in zip(points, texts, strict=True):
         label = _put(axes, _around(axes, point, text, colour), taken)
         right, up = label.xyann

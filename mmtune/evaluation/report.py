@@ -1,4 +1,4 @@
-"""Forgetting against gain: finished evaluations compared, written as report.json and frontier.png."""
+"""Forgetting against gain: finished evaluations compared, as report.json, frontier.png and report.html."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mmtune.evaluation.attribution import (
     attribution_row,
     read_attribution,
 )
+from mmtune.evaluation.examples import choose_examples
 from mmtune.evaluation.forgetting import (
     SUMMARIES,
     Answers,
@@ -29,11 +30,13 @@ from mmtune.evaluation.forgetting import (
     retention,
     score_of,
     seed_mean,
+    series_of,
     stderr_of_mean,
     summary,
 )
 from mmtune.evaluation.frontier import draw_frontier
 from mmtune.evaluation.metrics.base import field
+from mmtune.evaluation.page import write_page
 
 if TYPE_CHECKING:
     from mmtune.evaluation.protocol import Suite
@@ -42,7 +45,8 @@ if TYPE_CHECKING:
 def make_report(
     base: Path, runs: Sequence[Path], suite: Suite, split: str | None, output: Path
 ) -> dict[str, Any]:
-    """Compares finished runs with their base on a suite; writes report.json and frontier.png to `output`.
+    """Compares finished runs with their base on a suite; writes report.json, frontier.png and report.html to
+    `output`.
 
     `base` and each run hold their evaluation under eval/SUITE-SPLIT (see Suite.folder). Raises UserError
     for evaluations that are missing (with the commands that make them) or cannot be compared, for runs that
@@ -89,8 +93,14 @@ def make_report(
         },
         "runs": list(rows.values()),
         "groups": groups,
+        "series": series_of(
+            {
+                group["label"]: {**configs[group["runs"][0]], "data_hash": hashes["data"][group["runs"][0]]}
+                for group in groups
+            }
+        ),
         "warnings": _warnings(baseline, evaluations, trained, restored) + gaps,
-        "files": {name: str(output / name) for name in ("report.json", "frontier.png")},
+        "files": {name: str(output / name) for name in ("report.json", "frontier.png", "report.html")},
         "made_with": {
             "suite": suite.name,
             "split": split or "test",
@@ -98,6 +108,8 @@ def make_report(
             "source": list(suite.source),
             "target": list(suite.target),
             **baseline.made_with,
+            "decoding": baseline.decoding,
+            "limit": baseline.limit,
             "protocols": baseline.protocols,
             "annotations": baseline.data,
             **hashes,
@@ -106,6 +118,9 @@ def make_report(
     }
     write_json(output / "report.json", report)
     draw_frontier(report, output / "frontier.png")
+    first_seeds = {group["label"]: evaluations[group["runs"][0]].folder for group in groups}
+    examples = {task: choose_examples(baseline.folder, first_seeds, task) for task in suite.tasks}
+    write_page(report, examples, output / "report.html")
     return report
 
 

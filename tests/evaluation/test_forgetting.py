@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import random
 from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from mmtune.evaluation.forgetting import (
     paired_drop,
     retention,
     seed_mean,
+    series_of,
     stderr_of_mean,
     summary,
 )
@@ -179,3 +181,23 @@ def test_means_do_not_depend_on_the_order_of_tasks() -> None:
     back = summary(dict(reversed(scores.items())), SOURCE[::-1], TARGET)
     assert back == summary(scores, SOURCE, TARGET)
     assert back["source"] == fmean(scores[task] for task in SOURCE)
+
+
+def test_series_are_groups_that_differ_in_one_number_alone() -> None:
+    def config(tuner: str, lr: float, **more: Any) -> dict[str, Any]:
+        return {"name": f"{tuner} {lr}", "seed": 0, "tune": {"language": {"tuner": tuner, "lr": lr, **more}}}
+
+    configs = {
+        "high": config("lora", 2e-3),
+        "low": config("lora", 5e-5),
+        "else": config("lora", 1e-3, rank=8),
+        "middle": config("lora", 2e-4),
+        "sculpt": config("lorasculpt", 1e-4),
+        "sculpt high": config("lorasculpt", 2e-3),
+        "on": config("full", 1e-3, flag=True),
+        "off": config("full", 1e-3, flag=False),
+        "none": config("full", 1e-3, flag=None),
+    }
+    assert series_of(configs) == [{"key": "tune.language.lr", "labels": ["low", "middle", "high"]}]
+    del configs["low"]
+    assert series_of(configs) == []

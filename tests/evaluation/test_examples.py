@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mmtune.evaluation.examples import choose_examples
+
+
+def samples(folder: Path, answers: dict[str, tuple[str | None, float]]) -> Path:
+    folder.mkdir()
+    rows = [
+        {
+            "question_id": q,
+            "prediction": text,
+            "score": score,
+            "prompt": f"{q}?",
+            "target": ["yes", "yes"],
+        }
+        for q, (text, score) in answers.items()
+    ]
+    (folder / "samples_t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_what_was_forgotten_what_was_learnt_and_the_most_answers(tmp_path: Path) -> None:
+    same = ("yes", 1.0)
+    no = ("no", 0.0)
+    base = samples(
+        tmp_path / "base", {"same": same, "once": same, "lost": same, "many": no, "won": no, "never": no}
+    )
+    models: dict[str, dict[str, tuple[str | None, float]]] = {
+        "a": {"same": same, "once": no, "lost": no, "many": ("x", 0.0), "won": same, "never": no},
+        "b": {"same": same, "once": same, "lost": (None, 0.0), "many": ("y", 0.0), "won": same, "never": no},
+    }
+    folders = {label: samples(tmp_path / label, answers) for label, answers in models.items()}
+    chosen = choose_examples(base, folders, "t")
+    assert [example.question_id for example in chosen] == ["lost", "won", "many"]
+    lost, won, many = chosen
+    assert (lost.prompt, lost.targets) == ("lost?", ["yes"])
+    assert [(given.text, given.right, given.by) for given in lost.given] == [
+        ("yes", True, ["base"]),
+        ("no", False, ["a"]),
+        (None, False, ["b"]),
+    ]
+    assert [(given.text, given.right, given.by) for given in won.given] == [
+        ("no", False, ["base"]),
+        ("yes", True, ["a", "b"]),
+    ]
+    assert len(many.given) == 3
+
+
+def test_fewer_questions_than_examples_and_a_method_called_base(tmp_path: Path) -> None:
+    base = samples(tmp_path / "start", {"q": ("yes", 1.0), "r": ("no", 0.0)})
+    run = samples(tmp_path / "run", {"q": ("yes", 1.0), "r": ("no", 0.0)})
+    chosen = choose_examples(base, {"base": run}, "t")
+    assert [example.question_id for example in chosen] == ["q", "r"]
+    assert chosen[0].given[0].by == ["base", "base"]

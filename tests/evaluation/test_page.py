@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmtune.evaluation.page import plain, points, render_page, said
+from mmtune.evaluation.report import make_report
+from tests import browser
+from tests.made_up_runs import GROUPS, SOURCE, TASKS, TINY, base_of, world
+
+VOID = {"meta", "link", "br", "wbr"}
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)> & {{ 7 * 7 }}"
+
+
+class Elements(HTMLParser):
+    """Every element with its attributes and the text within; complains of tags that don't match."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        assert len(dict(attrs)) == len(attrs), f"an attribute twice in {tag}"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def names(self) -> list[str]:
+        return [tag for tag, _ in self.found]
+
+
+def page_of(folder: Path, groups: dict[str, tuple[float, float]], seeds: Sequence[int] = (0, 1)) -> str:
+    make_report(base_of(folder), world(folder, groups, seeds), TINY, "test", folder / "out")
+    return (folder / "out" / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """A report of two methods with two seeds each, and its page."""
+    folder = tmp_path_factory.mktemp("made")
+    text = page_of(folder, GROUPS)
+    return json.loads((folder / "out" / "report.json").read_text()), text
+
+
+def words(page: Elements) -> str:
+    return " ".join("".join(page.text).split())
+
+
+def test_the_page_is_whole_and_needs_nothing_else(made: tuple[dict[str, Any], str]) -> None:
+    text = made[1]
+    page = Elements(text)
+    assert text.startswith("<!DOCTYPE html>")
+    assert not {"script", "iframe", "object", "img", "form"} & set(page.names())
+    links = [attributes[key] for _, attributes in page.found for key in ("href", "src") if key in attributes]
+    assert all(str(link).startswith(("#", "data:,")) for link in links), links
+    assert "http://" not in text and "https://" not in text and "@import" not in text
+    assert all(found.startswith("url(#") for found in re.findall(r"url\([^)]*", text))
+    identities = [attributes["id"] for _, attributes in page.found if "id" in attributes]
+    assert len(set(identities)) == len(identities)
+    pointed = {link[1:] for link in map(str, links) if link.startswith("#")}
+    pointed |= {str(its["aria-labelledby"]) for _, its in page.found if "aria-labelledby" in its}
+    assert pointed | set(re.findall(r"url\(#([^)]*)\)", text)) <= set(identities)
+
+
+def test_readers_of_all_kinds_find_their_way(made: tuple[dict[str, Any], str]) -> None:
+    page = Elements(made[1])
+    assert ("html", {"lang": "en"}) in page.found
+    assert any(its.get("name") == "viewport" for _, its in page.found)
+    levels = [int(tag[1]) for tag in page.names() if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(below - above <= 1 for above, below in itertools.pairwise(levels))
+    headers = [attributes for tag, attributes in page.found if tag == "th"]
+    assert headers and all(its.get("scope") for its in headers)
+    for tag, its in page.found:
+        assert tag != "svg" or its.get("aria-hidden") == "true" or its.get("aria-label")
+
+
+def test_the_page_says_what_the_report_says(made: tuple[dict[str, Any], str]) -> None:
+    report, text = made[0], words(Elements(made[1]))
+    for group in report["groups"]:
+        gained = group["target"]["mean"] - report["base"]["target"]
+        lost = report["base"]["source"] - group["source"]["mean"]
+        sentence = (
+            f"{group['label']} gained {gained:.1f} ± {group['target']['sd']:.1f} on the target "
+            f"and forgot {lost:.1f} ± {group['source']['sd']:.1f} of the source."
+        )
+        assert sentence in text
+        assert f"{group['label']}: source {group['source']['mean']:.1f} ± " in text
+    for run in report["runs"]:
+        for task in SOURCE:
+            assert points(run["scores"][task]["score"]) + points(-run["drop"][task], sign=True) in text
+        assert f"hash of {run['name']}" in text
+    for task in TASKS:
+        assert f"protocol {task}" in text and f"annotations {task}" in text
+    assert "torch 2.11" in text and "float32" in text and "all of each set" in text
+
+
+def test_nothing_a_model_or_a_file_says_becomes_markup(tmp_path: Path) -> None:
+    harmless = page_of(tmp_path / "harmless", {"a": (40.0, 60.0), "b": (50.0, 50.0)}, seeds=(0,))
+    folder = tmp_path / "hostile"
+    name = "a\"'><img src=x onerror=alert(1)>&$x^"
+    base, runs = base_of(folder), world(folder, {name: (40.0, 60.0), "b": (50.0, 50.0)}, seeds=(0,))
+    for path in folder.rglob("samples_*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            row |= {"prediction": HOSTILE + "\ud800\0", "prompt": HOSTILE, "target": [HOSTILE]}
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for path in folder.rglob("results.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "versions": {"torch": HOSTILE}}))
+    report = make_report(base, runs, TINY, "test", folder / "out")
+    text = (folder / "out" / "report.html").read_text()
+    page = Elements(text)
+    assert "".join(page.text).count(HOSTILE) > 3 * len(TASKS)
+    assert name in "".join(page.text)
+    assert not {"script", "img"} & set(page.names())
+    assert not [its for _, its in page.found if any(key.startswith("on") for key in its)]
+    assert "\0" not in text and "alert(1)</script>" not in text
+    # Apart from the examples, which are fewer here, the page has the elements of the harmless one.
+    quiet = Elements(harmless).names()
+    assert page.names().count("th") == quiet.count("th")
+    assert set(page.names()) == set(quiet)
+    report["warnings"] = [HOSTILE]
+    warned = Elements(render_page(report, {task: [] for task in TASKS}))
+    assert HOSTILE in "".join(warned.text)
+    assert "script" not in warned.names()
+
+
+def test_attribution_is_shown_where_there_is_some(made: tuple[dict[str, Any], str]) -> None:
+    report = copy.deepcopy(made[0])
+    nothing: dict[str, Any] = {task: [] for task in TASKS}
+    assert "Where it sits" not in render_page(report, nothing)
+    cell = {"source": {"mean": 91.23, "sd": 0.5}, "target": {"mean": 11.0, "sd": None}}
+    report["groups"][0]["attribution"] = {"language_off": cell}
+    page = words(Elements(render_page(report, nothing)))
+    assert "Where it sits" in page
+    assert "91.2 ± 0.511.0" in page
+
+
+def test_how_values_are_written() -> None:
+    assert [points(value) for value in (-3.04, -0.01, None, 12.0)] == ["−3.0", "0.0", "", "12.0"]
+    assert [points(value, sign=True) for value in (3.0, -0.04, 0.0)] == ["+3.0", "0.0", "0.0"]
+    assert said({"greedy": True, "tokens": 1, "other": None}) == "greedy yes, tokens 1, other not said"
+    assert said({}) == "not said"
+    assert plain("a" * 500) == "a" * 400 + "… (100 more characters)"
+    assert plain("a\x1b\ud800\x85b\n\t") == "a���b\n\t"
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium is installed")
+def test_in_a_browser_it_is_quiet_and_never_wider_than_the_window(tmp_path: Path) -> None:
+    many = {f"a_method_with_a_rather_long_name_{n}": (90.0 - n, 30.0 + n) for n in range(12)}
+    for name, groups in (("few", GROUPS), ("many", many)):
+        page_of(tmp_path / name, groups)
+    with browser.browser(tmp_path / "profile") as page:
+        for name in ("few", "many"):
+            path = tmp_path / name / "out" / "report.html"
+            for width in (400, 1400):
+                for dark in (False, True):
+                    page.open(path, width, 900, dark)
+                    assert page.value("document.documentElement.scrollWidth") <= width
+                    assert page.value("document.querySelectorAll('h1, h2').length") >= 4
+                    ground = page.value("getComputedStyle(document.body).backgroundColor")
+                    lightness = sum(map(int, re.findall(r"\d+", ground)[:3]))
+                    assert (lightness < 200) is dark
+                    assert page.logged() == []
+                    assert page.requested() == [path.resolve().as_uri()]

@@ -20,10 +20,10 @@ from mmtune.evaluation.frontier import (
     is_numbered,
     looks,
 )
+from mmtune.evaluation.terminal import HEADINGS
 
 TEMPLATE = "page.html.j2"
 LONGEST = 400  # characters of a question or an answer; a runaway answer is told by its beginning
-VARIANTS = {"language_off": "language adapter off", "connector_restored": "connector restored"}
 
 
 def write_page(report: dict[str, Any], examples: Mapping[str, Sequence[Example]], path: Path) -> None:
@@ -59,8 +59,12 @@ def render_page(report: dict[str, Any], examples: Mapping[str, Sequence[Example]
         narrow=Markup(frontier_svg(report, narrow=True)),
         numbered={"wide": is_numbered(report, False), "narrow": is_numbered(report, True)},
         sets=[_set(report, task, look) for task in tasks],
-        variants=_variants(report),
-        variant_names=VARIANTS,
+        variants=[
+            name
+            for name in HEADINGS
+            if any(name in group.get("attribution", {}) for group in report["groups"])
+        ],
+        variant_names=HEADINGS,
         examples=examples,
     )
 
@@ -110,9 +114,3 @@ def _set(report: dict[str, Any], task: str, look: Mapping[str, tuple[int, int]])
 
 def _half95(score: Mapping[str, Any]) -> float | None:
     return half_width(ci95(score["score"], score["stderr"]))
-
-
-def _variants(report: dict[str, Any]) -> list[str]:
-    """The kinds of restored models that some group has, the known ones first."""
-    found = dict.fromkeys(name for group in report["groups"] for name in group.get("attribution", {}))
-    return sorted(found, key=lambda name: list(VARIANTS).index(name) if name in VARIANTS else len(VARIANTS))

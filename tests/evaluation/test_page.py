@@ -152,6 +152,7 @@ def test_attribution_is_shown_where_there_is_some(made: tuple[dict[str, Any], st
     report["groups"][0]["attribution"] = {"language_off": cell}
     page = words(Elements(render_page(report, nothing)))
     assert "Where it sits" in page
+    assert "language put back" in page and "connector put back" not in page
     assert "91.2 ± 0.511.0" in page
 
 

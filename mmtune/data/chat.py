@@ -78,6 +78,7 @@ class Chat:
         self.image_tokens = image_tokens
         special = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special_ids = {token.content: i for i, token in special.items()}
+        self._unsayable = special.keys() - {tokenizer.unk_token_id}
         self._swallowing = {i for i, token in special.items() if token.rstrip}
         longest_first = sorted(self._special_ids, key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
@@ -273,7 +274,15 @@ class Chat:
         raise UserError(f"the tokenizer cannot go on in the middle of a text, with {text[:20]!r}")
 
     def _raw(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        if not self._unsayable.intersection(ids):
+            return ids
+        # Unigram and word-level models hold their special tokens as words too: cut in two, they stay text.
+        found = self._special.search(text)
+        if found is None or len(found[0]) < 2:
+            raise UserError(f"the tokenizer reads a special token in what is said: {text[:40]!r}")
+        cut = found.start() + 1
+        return self._raw(text[:cut]) + (self._continued if self._dummy_space else self._raw)(text[cut:])
 
 
 def _split_at_marks(text: str, marks: list[str], turns: list[Turn], supervised: bool) -> list[Piece]:

@@ -38,6 +38,13 @@ class Source:
         for override in overrides or []:
             self._override(override)
 
+    @classmethod
+    def parsed(cls, path: Path, tree: Any) -> Source:
+        """A file that was parsed already, the lines of its keys unknown."""
+        made = cls.__new__(cls)
+        made.path, made.tree, made.lines, made.faults = path, tree, {}, []
+        return made
+
     def where(self, key: Path_) -> str:
         """File, line and dotted key of an entry, as far as they are known."""
         known = key

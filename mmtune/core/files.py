@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,9 @@ from mmtune.core.errors import UserError
 
 # Python refuses numbers of thousands of digits, and brackets nested as deep.
 _UNPARSED = (ValueError, RecursionError)
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_text(path: Path) -> str:
@@ -36,7 +40,7 @@ def read_json(path: Path) -> Any:
     if not text.strip():
         raise UserError("the file is empty", where=path)
     try:
-        return json.loads(text)
+        return _parsed(text)
     except json.JSONDecodeError as error:
         raise UserError(f"not valid JSON: {error.msg}", where=f"{path}, line {error.lineno}") from None
     except _UNPARSED as error:
@@ -51,7 +55,7 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = _parsed(line)
         except json.JSONDecodeError as error:
             raise UserError(f"not valid JSON: {error.msg}", where=f"{path}, line {number}") from None
         except _UNPARSED as error:
@@ -62,6 +66,16 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
     if not rows:
         raise UserError("the file is empty", where=path)
     return rows
+
+
+def _parsed(text: str) -> Any:
+    value = json.loads(text)
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # no tokenizer takes it, and no file could hold it
+            raise ValueError("half of a character, \\ud800 to \\udfff without the other half") from None
+    return value
 
 
 @contextmanager

@@ -242,7 +242,7 @@ def _pairs(text: str) -> list[tuple[str, Any]]:
     try:
         pairs: list[tuple[str, Any]] = json.loads(text, object_pairs_hook=list)
         return pairs
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # whoever reads the lines says what is wrong
         return []
 
 

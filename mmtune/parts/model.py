@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from mmtune.core.config import to_dict
+from mmtune.core.config import Source, build, to_dict
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, shipped, write_json
 from mmtune.data.batches import Batch
@@ -264,15 +264,19 @@ def read_options(folder: str | Path) -> ModelOptions:
     if not isinstance(config, dict) or config.get("mmtune") != FORMAT_VERSION:
         raise UserError("not the config of an mmtune model", where=folder / "config.json")
     kinds = {"vision": VisionOptions, "connector": ConnectorOptions, "language": LanguageOptions}
+    source = Source.parsed(folder / "config.json", config)
     parts = {}
     for name, kind in kinds.items():
-        fields = {key: value for key, value in config.get(name, {}).items() if key != "adapter"}
-        for key in fields.keys() & REFERENCES:
-            fields[key] = fields[key] and _resolved(fields[key], folder)
-        try:
-            parts[name] = kind(**fields)
-        except TypeError as error:
-            raise UserError(f"the {name} is not described: {error}", where=folder / "config.json") from None
+        fields = config.get(name)
+        if isinstance(fields, dict):
+            if not isinstance(fields.get("adapter", ""), str):
+                source.fault((name, "adapter"), "expected the path of a folder")
+            fields = {key: value for key, value in fields.items() if key != "adapter"}
+        parts[name] = build(kind, fields, (name,), source)
+    source.finish()
+    for options in parts.values():
+        for key in REFERENCES & vars(options).keys():
+            setattr(options, key, getattr(options, key) and _resolved(getattr(options, key), folder))
     return ModelOptions(base=None, **parts)
 
 

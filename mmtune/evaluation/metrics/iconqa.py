@@ -130,10 +130,11 @@ def read(path: Path, task: str = "choose_txt", split: str = "test") -> list[Ques
         raise UserError(f"no split '{name}'", where=splits_path, mend=f"Known: {', '.join(sorted(splits))}.")
     skills_path = path.with_name("pid2skills.json")
     skills = _read_object(skills_path) if skills_path.is_file() else {}
+    ids = field(splits, name, list, str(splits_path))
     # A mini split is a part of the split whose name it carries, and so are its pictures.
     folder = f"iconqa/{split.removeprefix('mini')}/{task}"
     questions = []
-    for pid in map(str, splits[name]):
+    for pid in map(str, ids):
         if pid not in problems:
             raise UserError(f"problem {pid} of split '{name}' is not in it", where=path)
         questions.append(
@@ -142,7 +143,7 @@ def read(path: Path, task: str = "choose_txt", split: str = "test") -> list[Ques
                 pid,
                 task,
                 image=f"{folder}/{pid}/image.png",
-                skills=tuple(map(str, skills.get(pid, ()))),
+                skills=tuple(map(str, field(skills, pid, list, str(skills_path)) if pid in skills else ())),
                 where=f"{path}, problem {pid}",
             )
         )

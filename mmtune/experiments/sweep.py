@@ -1,74 +1,121 @@
-"""A grid of overrides -> runs, each trained and evaluated; finished ones are skipped; ends in one report."""
+"""Many runs of a kind: a grid of overrides, or a list of them -> runs, each trained and evaluated.
+
+Finished runs are skipped, so a sweep that was interrupted goes on; it ends in one report.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import dataclass
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mmtune.core.config import Report, Source, parse
-from mmtune.core.errors import UserError
+from mmtune.core.errors import Fault, UserError
+from mmtune.evaluation.protocol import Suite, load_suite
 from mmtune.run import RunOptions, read_run
-from mmtune.training.signals import Signals
+from mmtune.training.signals import Signals, leave_to_parent
 
 
 @dataclass
 class SweepOptions:
-    """run: the YAML that is varied, relative to the sweep's. grid: a list of values for each dotted key;
-    several keys with commas between take the same value.
+    """What is varied, and on what it is measured.
 
-    The best run is the one with the highest `choose` on `split` of `suite`: never choose on test.
+    run: the YAML that is varied, relative to the sweep's. grid: a list of values for each dotted key;
+    several keys with commas between take the same value; every combination is a run. runs: instead of a
+    grid, the runs by name, each a mapping of dotted keys to values; `run` among them names another YAML.
+    seeds: each run once with every one of them, its name ending in _sN.
+
+    choose: the best is the run, or the mean over its seeds, with the highest such number on `split` of
+    `suite`; never on test. attribution: evaluates again with each trained part put back as in the base.
+    jobs: so many runs at a time, in processes of their own, which share the cores.
     """
 
     name: str
-    run: Path
     base: Path
-    grid: dict[str, list[Any]]
     suite: str
+    run: Path | None = None
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=list)
     split: str = "val"
-    choose: Literal["source", "target", "mean", "harmonic_mean"] = "mean"
+    choose: Literal["source", "target", "mean", "harmonic_mean"] | None = None
+    attribution: bool = False
+    batch_size: int = 100
+    jobs: int = 1
     output: Path = Path("runs")
 
     def check(self, fault: Report) -> None:
-        if not self.grid:
-            fault("grid", "an empty grid")
+        if bool(self.grid) == bool(self.runs):
+            fault("", "give either 'grid' or 'runs'")
         for key, values in self.grid.items():
             if not values:
                 fault(f"grid.{key}", "no values")
+        if self.run is None and (self.grid or not all("run" in changes for changes in self.runs.values())):
+            fault("", "'run' is missing", "Name the YAML that is varied.")
+        if len(set(self.seeds)) < len(self.seeds):
+            fault("seeds", f"a seed is given twice: {self.seeds}")
+        for name in ("jobs", "batch_size"):
+            if getattr(self, name) < 1:
+                fault(name, f"expected 1 or more, found {getattr(self, name)}")
+        if self.choose and self.split == "test":
+            fault("split", "a choice made on test leaves nothing to test it on", "Choose on val.")
 
 
 def read_sweep(path: Path, overrides: list[str] | None = None) -> tuple[SweepOptions, list[RunOptions]]:
     """The sweep and its runs. Raises UserError with the faults of the sweep or of any run."""
     options: SweepOptions = parse(SweepOptions, Source(path, overrides))
-    run_file = path.parent / options.run
-    runs = []
-    for values in itertools.product(*options.grid.values()):
-        chosen = dict(zip(options.grid, values, strict=True))
-        short = "_".join(f"{key.rpartition('.')[2]}{_short(value)}" for key, value in chosen.items())
-        settings = [
-            f"{key.strip()}={json.dumps(value)}" for keys, value in chosen.items() for key in keys.split(",")
-        ]
-        places = [f"name={short}", f"output={options.output / options.name}"]
-        runs.append(read_run(run_file, settings + places))
+    runs, faults = [], []
+    for name, changes in _points(options):
+        file = path.parent / str(changes.pop("run", options.run))
+        settings = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+        seeded = [(f"{name}_s{seed}", [f"seed={seed}"]) for seed in options.seeds] or [(name, [])]
+        for full_name, seed in seeded:
+            places = [f"name={full_name}", f"output={options.output / options.name}"]
+            try:
+                runs.append(read_run(file, settings + seed + places))
+            except UserError as error:
+                faults += [
+                    Fault(fault.what, f"{path}, {name}: {fault.where}", fault.mend) for fault in error.faults
+                ]
+                break  # the other seeds would say the same
+    if faults:
+        raise UserError.of(faults)
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise UserError("two points of the grid have the same name", where=path)
     return options, runs
 
 
+def _points(options: SweepOptions) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and changes of each run, but for seeds."""
+    for name, changes in options.runs.items():
+        yield name, dict(changes)
+    for values in itertools.product(*options.grid.values()) if options.grid else ():
+        chosen = dict(zip(options.grid, values, strict=True))
+        short = "_".join(f"{key.rpartition('.')[2]}{_short(value)}" for key, value in chosen.items())
+        yield short, {key.strip(): value for keys, value in chosen.items() for key in keys.split(",")}
+
+
 def run_sweep(
     path: Path, overrides: list[str] | None = None, signals: Signals | None = None
 ) -> dict[str, Any]:
-    """Trains and evaluates what is not finished yet. Returns the report, with `best`: a name.
+    """Trains and evaluates what is not finished yet. Returns the report, with `best` where one is chosen.
 
     signals: as in `train`.
 
-    Raises UserError where the folder of a run holds another run than the sweep asks for.
+    Raises UserError where the folder of a run holds another run than the sweep asks for; and, once the
+    others are through, for the runs that failed.
     """
     from mmtune.evaluation.evaluate import evaluate_suite
-    from mmtune.evaluation.protocol import load_suite
     from mmtune.evaluation.report import make_report
     from mmtune.training.folder import open_run
 
@@ -76,21 +123,87 @@ def run_sweep(
     suite = load_suite(options.suite)
     folder = options.output / options.name
     base = folder / "base"
-    finished = [
-        open_run(run, resume=True) for run in runs
-    ]  # what cannot go on is said before anything trains
-
-    evaluate_suite(options.base, suite, base, options.split)
-    for run, done in zip(runs, finished, strict=True):
-        if not done:
-            from mmtune.training.loop import train
-
-            train(run, resume=True, signals=signals)
-        attribution = run.evaluate is not None and run.evaluate.attribution
-        evaluate_suite(run.folder / "final", suite, run.folder, options.split, attribution)
+    for run in runs:  # what cannot go on is said before anything trains
+        open_run(run, resume=True)
+    evaluate_suite(options.base, suite, base, options.split, batch_size=options.batch_size)
+    if options.jobs == 1:
+        for run in runs:
+            _run_one(run, options, suite, signals)
+    else:
+        _run_side_by_side(runs, options, suite, folder / "logs")
     report = make_report(base, [run.folder for run in runs], suite, options.split, folder / "report")
-    best = max(report["runs"], key=lambda run: run[options.choose])
-    return {**report, "best": best["name"]}
+    if options.choose is None:
+        return report
+    best = max(report["groups"], key=lambda group: group[options.choose]["mean"])
+    return {**report, "best": best["label"]}
+
+
+def _run_one(run: RunOptions, options: SweepOptions, suite: Suite, signals: Signals | None) -> None:
+    from mmtune.evaluation.evaluate import evaluate_suite
+    from mmtune.training.folder import open_run
+
+    if not open_run(run, resume=True):
+        from mmtune.training.loop import train
+
+        train(run, resume=True, signals=signals)
+    evaluate_suite(
+        run.folder / "final",
+        suite,
+        run.folder,
+        options.split,
+        options.attribution,
+        batch_size=options.batch_size,
+    )
+
+
+def _run_side_by_side(runs: list[RunOptions], options: SweepOptions, suite: Suite, logs: Path) -> None:
+    """Runs in `jobs` processes, each with its share of the cores, what it prints in logs/NAME.log."""
+    logs.mkdir(parents=True, exist_ok=True)
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the processes when they start
+    started = time.monotonic()
+    faults = []
+    # Spawned, not forked: a process that has used threads cannot be forked safely.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, context, initializer=leave_to_parent, initargs=(0,)) as pool:
+        waiting: dict[Future[str | None], RunOptions] = {
+            pool.submit(_run_logged, run, options, suite, logs / f"{run.name}.log"): run for run in runs
+        }
+        try:
+            for done, future in enumerate(as_completed(waiting), start=1):
+                name = waiting[future].name
+                failure = future.result()
+                if failure:
+                    faults.append(Fault(failure, name, f"See {logs / name}.log."))
+                minutes = (time.monotonic() - started) / 60
+                left = minutes / done * (len(runs) - done)
+                state = "FAILED" if failure else "done"
+                print(f"{done} of {len(runs)}: {name} {state}; about {left:.0f} min left", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()  # each writes a checkpoint first
+            raise
+    if faults:
+        raise UserError.of(faults)
+
+
+def _run_logged(run: RunOptions, options: SweepOptions, suite: Suite, log: Path) -> str | None:
+    """`_run_one` in a process of its own. Returns what went wrong, or None."""
+    with open(log, "a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        try:
+            with Signals() as signals:
+                _run_one(run, options, suite, signals)
+        except UserError as error:
+            print(error)
+            return str(error)
+        except Exception as error:
+            traceback.print_exc()
+            return f"a fault of ours: {error!r}"
+        except KeyboardInterrupt as stopped:
+            print(stopped, flush=True)
+            os._exit(143)  # by a return the process would take up the next run
+    return None
 
 
 def _short(value: Any) -> str:

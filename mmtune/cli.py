@@ -279,7 +279,8 @@ def _sweep(options: argparse.Namespace) -> None:
     from mmtune.evaluation.terminal import print_report
 
     print_report(report, _console())
-    print(f"best: {report['best']}")
+    if "best" in report:
+        print(f"best: {report['best']}")
 
 
 def _command(*arguments: str) -> str:

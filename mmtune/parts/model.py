@@ -168,7 +168,7 @@ class VisionLanguageModel(nn.Module):
                 for key in options.keys() & REFERENCES:
                     options[key] = options[key] and _relative(options[key], folder)
             if name in self.adapters:
-                self.adapters[name].save_pretrained(str(folder / "adapter" / name))
+                _save_adapter(self.adapters[name], folder / "adapter" / name)
                 options["adapter"] = f"adapter/{name}"
             described[name] = options
         write_json(folder / "config.json", described)
@@ -298,6 +298,15 @@ def _adapters(folder: str | Path) -> dict[str, Path]:
     folder = shipped(folder)
     config = read_json(folder / "config.json")
     return {name: folder / config[name]["adapter"] for name in PARTS if "adapter" in config[name]}
+
+
+def _save_adapter(adapter: PeftModel, folder: Path) -> None:
+    adapter.save_pretrained(str(folder))
+    config = read_json(folder / "adapter_config.json")
+    # peft keeps them in a set, whose order changes from process to process: the same model, other bytes.
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
+    write_json(folder / "adapter_config.json", config)
 
 
 def _relative(weights: str, folder: Path) -> str:

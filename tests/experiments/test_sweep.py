@@ -28,6 +28,7 @@ def sweep_file(world: Path, place: Path, grid: dict[str, Any], **changes: Any) -
         "grid": grid,
         "suite": "tiny",
         "split": "val",
+        "choose": "mean",
         "output": str(place / "runs"),
         **changes,
     }
@@ -91,3 +92,57 @@ def test_a_sweep_skips_what_is_done_and_ends_in_a_report(
     assert main(["sweep", str(path)]) == 2
     assert "in: train.clip (1.0 before, 0.5 now)" in capsys.readouterr().err
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
+
+
+def test_runs_may_be_named_one_by_one_with_seeds(world: Path, place: Path) -> None:
+    run_file(world, place / "two", "other", train={"steps": 2})
+    named = {"slow": {"tune.language.lr": 1e-5}, "frozen": {"run": "two/other.yaml", "tune.connector": {}}}
+    path = sweep_file(world, place, {}, runs=named, seeds=[3, 5])
+    _, runs = read_sweep(path)
+    assert [(run.name, run.seed) for run in runs] == [
+        ("slow_s3", 3),
+        ("slow_s5", 5),
+        ("frozen_s3", 3),
+        ("frozen_s5", 5),
+    ]
+    slow, frozen = runs[0], runs[2]
+    assert slow.tune and slow.train and frozen.tune and frozen.train
+    assert (slow.tune.language.lr, slow.train.steps) == (1e-5, 1)
+    assert (frozen.tune.connector.tuner, frozen.train.steps) == ("frozen", 2)
+
+
+def test_nothing_is_chosen_on_test_and_every_faulty_run_is_named(world: Path, place: Path) -> None:
+    with pytest.raises(UserError, match="a choice made on test"):
+        read_sweep(sweep_file(world, place, {"seed": [0]}, split="test"))
+    with pytest.raises(UserError, match="either 'grid' or 'runs'"):
+        read_sweep(sweep_file(world, place, {"seed": [0]}, runs={"a": {}}))
+    with pytest.raises(UserError, match="'run' is missing"):
+        read_sweep(sweep_file(world, place, {"seed": [0]}, run=None))
+    with pytest.raises(UserError, match="a seed is given twice"):
+        read_sweep(sweep_file(world, place, {}, runs={"a": {}}, seeds=[1, 1]))
+    runs = {"a": {"tune.language.ranc": 1}, "b": {"train.clip": -1}, "c": {}}
+    with pytest.raises(UserError) as caught:
+        read_sweep(sweep_file(world, place, {}, runs=runs, seeds=[0, 1]))
+    assert [fault.where.split(": ")[0].rpartition(", ")[2] for fault in caught.value.faults] == ["a", "b"]
+
+
+def test_side_by_side_gives_the_same_and_one_failure_stops_no_other(
+    world: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = {"good": {"seed": 0}, "bad": {"tune.language.targets": ["nowhere"]}, "fine": {"seed": 1}}
+    alone = sweep_file(world, place, {}, name="alone", runs={name: runs[name] for name in ("good", "fine")})
+    assert main(["sweep", str(alone)]) == 0
+    both = sweep_file(world, place, {}, name="both", runs=runs)
+    assert main(["sweep", str(both), "jobs=2"]) == 2
+    said = capsys.readouterr()
+    assert "'nowhere' is no" in said.err and "bad" in said.err and "Traceback" not in said.err
+    assert "3 of 3" in said.out and "bad FAILED" in said.out
+    folder = place / "runs" / "both"
+    assert "What trains" in (folder / "logs" / "good.log").read_text()
+    for name in ("good", "fine"):
+        results = [
+            json.loads((place / "runs" / which / name / "eval" / "tiny-val" / "results.json").read_text())
+            for which in ("alone", "both")
+        ]
+        assert results[0]["results"] == results[1]["results"]
+        assert results[0]["model_hash"] == results[1]["model_hash"]

@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mmtune.core.errors import UserError
-from mmtune.core.files import read_json, read_jsonl, write_text
+from mmtune.core.files import read_json, read_jsonl
 from mmtune.data.chat import IMAGE, Turn
 from mmtune.data.samples import ROLES, Sample, read_llava
 from mmtune.evaluation.metrics import exact, gqa, iconqa, vqa
@@ -205,9 +205,9 @@ def write(folder: Path, kind: str, document: Any) -> Path:
     _, name, form, _, _ = READERS[kind]
     if kind == "iconqa" and isinstance(document, dict):  # three files in one document
         for each in ICONQA:
-            write_text(folder / each, json.dumps(document.get(each)))
+            (folder / each).write_text(json.dumps(document.get(each)))
     else:
-        write_text(folder / name, form(document))
+        (folder / name).write_text(form(document))
     return folder / name
 
 
@@ -264,7 +264,7 @@ def test_any_bytes_are_json_or_an_error(folder: Path, read: Callable[[Path], Any
 
 @pytest.mark.parametrize("text", ['{"1": ' + "1" * 5000 + "}", '{"1": ' * 100_000])
 def test_answers_no_parser_takes(tmp_path: Path, text: str) -> None:
-    write_text(tmp_path / "a.json", text)
+    (tmp_path / "a.json").write_text(text)
     with pytest.raises(UserError, match="not valid JSON"):
         read_predictions(tmp_path / "a.json", QUESTIONS)
 
@@ -305,6 +305,6 @@ def test_samples_come_back_as_they_were_written(
     ]
     dumped = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
     text = "\n".join(dumped) if form == "jsonl" else f"[{', '.join(dumped)}]"
-    write_text(folder / f"samples.{form}", text)
+    (folder / f"samples.{form}").write_text(text)
     expected = [Sample(s.id, tuple(folder / image for image in s.images), s.turns) for s in written]
     assert read_llava(folder / f"samples.{form}", folder) == expected

@@ -84,9 +84,9 @@ def is_numbered(report: dict[str, Any], narrow: bool) -> bool:
 
 
 def looks(report: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Each group's colour and marker, by their numbers; the groups of one series have the same colour."""
+    """Each group's colour and marker, by their numbers; the groups of one series look the same."""
     kin = {label: one["labels"][0] for one in reversed(report["series"]) for label in one["labels"]}
-    families: dict[str, int] = {}
+    families = {head: number for number, head in enumerate(dict.fromkeys(reversed(kin.values())))}
     found = {}
     for group in report["groups"]:
         family = families.setdefault(kin.get(group["label"], group["label"]), len(families))

@@ -75,3 +75,7 @@ def test_groups_of_one_series_share_their_colour() -> None:
     assert found["high"] == found["low"] == found["middle"] != found["alone"]
     many = looks({"groups": [{"label": str(number)} for number in range(36)], "series": []})
     assert len(set(many.values())) == 36
+    eight = [{"label": f"{way}{number}"} for number in range(4) for way in "ab"]
+    series = [{"key": "k", "labels": [f"{way}{number}" for number in range(3)]} for way in "ab"]
+    apart = looks({"groups": [{"label": str(n)} for n in range(6)] + eight, "series": series})
+    assert apart["a0"][0] != apart["b0"][0]

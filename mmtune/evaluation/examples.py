@@ -40,9 +40,9 @@ class Example:
 def choose_examples(base: Path, models: Mapping[str, Path], task: str) -> list[Example]:
     """Up to three questions of a task, from the evaluations' folders; the first answers are the base's.
 
-    One that the base got right and most others wrong, one the other way round, one with the most distinct
-    answers; where there is no such question, others, those with more distinct answers first. So they show
-    how answers changed, not how often.
+    One that the base got right and most others wrong, one the other way round, then those with the most
+    distinct answers: so they show how answers changed, not how often. Where every model gave the same
+    answers, the first question alone.
     """
     before = _rows(base, task)
     after = {label: _rows(folder, task) for label, folder in models.items()}
@@ -65,8 +65,9 @@ def choose_examples(base: Path, models: Mapping[str, Path], task: str) -> list[E
 
     take(known, wrong, 1)
     take(unknown, lambda question: len(models) - wrong(question), 1)
-    while len(chosen) < min(EACH, len(questions)):
-        take(questions, distinct, 0)
+    for _ in range(EACH):
+        take(questions, distinct, 2)
+    chosen = chosen or questions[:1]
     return [_example(question, [("base", before), *after.items()]) for question in chosen]
 
 

@@ -49,9 +49,15 @@ def test_what_was_forgotten_what_was_learnt_and_the_most_answers(tmp_path: Path)
     assert len(many.given) == 3
 
 
-def test_fewer_questions_than_examples_and_a_method_called_base(tmp_path: Path) -> None:
+def test_models_that_answer_alike_are_shown_by_one_question(tmp_path: Path) -> None:
     base = samples(tmp_path / "start", {"q": ("yes", 1.0), "r": ("no", 0.0)})
     run = samples(tmp_path / "run", {"q": ("yes", 1.0), "r": ("no", 0.0)})
     chosen = choose_examples(base, {"base": run}, "t")
-    assert [example.question_id for example in chosen] == ["q", "r"]
+    assert [example.question_id for example in chosen] == ["q"]
     assert chosen[0].given[0].by == ["base", "base"]
+
+
+def test_no_more_than_three_even_where_every_answer_differs(tmp_path: Path) -> None:
+    base = samples(tmp_path / "base", {str(n): ("yes", 1.0) for n in range(9)})
+    run = samples(tmp_path / "run", {str(n): (f"no {n}", 0.0) for n in range(9)})
+    assert [example.question_id for example in choose_examples(base, {"run": run}, "t")] == ["0", "1", "2"]

@@ -105,6 +105,11 @@ def test_the_page_says_what_the_report_says(made: tuple[dict[str, Any], str]) ->
         )
         assert sentence in text
         assert f"{group['label']}: source {group['source']['mean']:.1f} ± " in text
+        for task in SOURCE:
+            form, flips = group["format"][task], group["flips"][task]
+            turned = [flips[way]["mean"] for way in ("right_to_wrong", "wrong_to_right")]
+            cell = f"{form['off_format']['mean']:.1f} %{form['new']['mean']:.1f} % new"
+            assert cell + "{:.0f} lost, {:.0f} won".format(*turned) in text
     for run in report["runs"]:
         for task in SOURCE:
             assert points(run["scores"][task]["score"]) + points(-run["drop"][task], sign=True) in text

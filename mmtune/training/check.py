@@ -139,7 +139,7 @@ def _check_stage(
     settings = stage.train
     own = _check_data(faults, key, stage.data, found.chat, settings)
     pool = _check_data(faults, key, stage.replay.data if stage.replay else [], found.chat, settings)
-    found.examples, found.pool = own.examples, len(pool.examples)
+    found.examples, found.pool = own.examples, len(pool.samples)
     found.skipped = own.skipped + pool.skipped
     shown = [*(own.examples or own.samples), *(pool.examples or pool.samples)]
     faults.gather((), check_pictures, shown)

@@ -98,7 +98,7 @@ def _train_stage(
             part.hf.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[union-attr,operator]
 
     examples = read_examples(model.chat, stage.data, settings)
-    pool, replayed = read_replay(model.chat, stage, len(examples))
+    pool, replayed = read_replay(model.chat, stage, len(examples), options.seed)
     plan = make_plan(examples, settings, options.seed, pool, replayed)
     steps = len(plan)
     for tuner in tuners.values():

@@ -46,12 +46,20 @@ def read_examples(chat: Chat, data: list[DataOptions], settings: TrainOptions) -
 
     Raises UserError where samples or their pictures are faulty.
     """
+    return _encoded(_read(data), chat, settings)
+
+
+def _read(data: list[DataOptions]) -> list[Sample]:
     samples = []
     for part in data:
         read, faults = read_samples(part)
         if faults:
             raise UserError.of(faults)
         samples += read
+    return samples
+
+
+def _encoded(samples: list[Sample], chat: Chat, settings: TrainOptions) -> list[Example]:
     examples, skipped = encode_samples(samples, chat, settings.max_length, settings.too_long)
     if skipped:
         named = ", ".join(skipped[:10]) + (" ..." if len(skipped) > 10 else "")
@@ -66,17 +74,22 @@ def read_samples(data: DataOptions) -> tuple[list[Sample], list[Fault]]:
     return [image_first(sample) for sample in read] if data.image_first else read, faults
 
 
-def read_replay(chat: Chat, stage: Stage, own: int) -> tuple[list[Example], int]:
-    """What a stage with `own` examples may replay, and how many of them each epoch draws; counted and said.
+def read_replay(chat: Chat, stage: Stage, own: int, seed: int) -> tuple[list[Example], int]:
+    """What a stage with `own` examples replays, and how many of them each epoch draws; counted and said.
 
-    Raises UserError as `read_examples` does, and where the share comes to no sample.
+    Of a large pool only as many are taken, from the seed, as the whole stage will draw. Raises UserError as
+    `read_examples` does, and where the share comes to no sample.
     """
     if stage.replay is None:
         return [], 0
     count = count_replay(stage.replay, own)
-    pool = read_examples(chat, stage.replay.data, stage.train)
-    Console(stderr=True).print(say_replay(count, len(pool), own))
-    return pool, count
+    samples = _read(stage.replay.data)
+    Console(stderr=True).print(say_replay(count, len(samples), own))
+    per_epoch = math.ceil((own + count) / stage.train.batch_size)
+    needed = count * math.ceil(count_steps(own + count, stage.train) / per_epoch)
+    if needed < len(samples):
+        samples = random.Random(f"{seed}/replay").sample(samples, needed)
+    return _encoded(samples, chat, stage.train), count
 
 
 def count_replay(replay: ReplayOptions, own: int) -> int:

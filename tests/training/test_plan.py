@@ -92,14 +92,24 @@ def test_what_is_replayed_is_counted_and_said(
 ) -> None:
     chat = VisionLanguageModel.from_pretrained(world / "base").chat
     (stage,) = replaying(world, tmp_path).all_stages()
-    pool, count = read_replay(chat, stage, own=30)
-    assert count == 10 and len(pool) == 92
+    assert read_replay(chat, stage, own=30, seed=0)[1] == 10
     said = " ".join(capsys.readouterr().err.split())
-    assert f"replay: 10 of {len(pool)} samples in each epoch, beside 30 of the stage's own" in said
+    assert "replay: 10 of 92 samples in each epoch, beside 30 of the stage's own" in said
     with pytest.raises(UserError, match=r"a share of 0\.25 beside 1 samples comes to none"):
-        read_replay(chat, stage, own=1)
+        read_replay(chat, stage, own=1, seed=0)
     stage.replay = None
-    assert read_replay(chat, stage, own=30) == ([], 0)
+    assert read_replay(chat, stage, own=30, seed=0) == ([], 0)
+
+
+def test_no_more_of_a_pool_is_read_than_the_run_draws(world: Path, tmp_path: Path) -> None:
+    """40 samples are 5 steps, of which 10 samples are replayed; 11 steps reach into the third epoch."""
+    chat = VisionLanguageModel.from_pretrained(world / "base").chat
+    (stage,) = replaying(world, tmp_path, train={"steps": 11}).all_stages()
+    found = [[example.id for example in read_replay(chat, stage, 30, seed)[0]] for seed in (0, 0, 1)]
+    assert found[0] == found[1] != found[2]
+    assert len(set(found[0])) == len(found[0]) == 30
+    stage.train.steps = 100
+    assert len(read_replay(chat, stage, 30, 0)[0]) == 92
 
 
 def test_what_is_replayed_counts_in_the_hash_of_the_data(world: Path, tmp_path: Path) -> None:

@@ -85,6 +85,19 @@ def test_the_teacher_is_the_base_before_and_after_training(model: VisionLanguage
     torch.testing.assert_close(kl.double(), defined(expected, tuned), rtol=1e-4, atol=0)
 
 
+def test_the_teacher_has_no_dropout(model: VisionLanguageModel) -> None:
+    for module in model.language.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5  # type: ignore[assignment]
+    attached(model)
+    with torch.no_grad():
+        assert not torch.equal(model(BATCH, True)[1], model(BATCH, True)[1])
+        teacher = Teacher(model)
+        expected = model.eval()(BATCH, True)[1]
+    model.train()
+    assert torch.equal(teacher.logits(BATCH), expected)
+
+
 def test_the_teacher_leaves_the_model_as_it_was(model: VisionLanguageModel) -> None:
     attached(model)
     before = {name: (p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()}

@@ -127,7 +127,7 @@ def test_nothing_a_model_or_a_file_says_becomes_markup(tmp_path: Path) -> None:
     for path in folder.rglob("samples_*.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         for row in rows:
-            row |= {"prediction": HOSTILE + "\ud800\0", "prompt": HOSTILE, "target": [HOSTILE]}
+            row |= {"prediction": HOSTILE + "\0", "prompt": HOSTILE, "target": [HOSTILE]}
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for path in folder.rglob("results.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "versions": {"torch": HOSTILE}}))

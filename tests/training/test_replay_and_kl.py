@@ -17,6 +17,7 @@ from mmtune.data.samples import read_llava
 from mmtune.parts import VisionLanguageModel
 from mmtune.run import RunOptions
 from mmtune.training.loop import train
+from mmtune.tuning import kl
 from tests.training.test_checkpoint import assert_same_run, train_until
 from tests.world import (
     FROZEN,
@@ -138,11 +139,11 @@ def test_a_plain_loop_comes_to_the_same(world: Path, tmp_path: Path) -> None:
             whole = each.language.hf(inputs_embeds=each.splice(batch), attention_mask=batch.attention_mask)
             said.append(whole.logits[:, :-1].flatten(0, 1)[chosen].double().log_softmax(-1))
         before = said[1].detach()
-        kl = (before.exp() * (before - said[0])).sum(-1).mean()
-        (cross_entropy(said[0], targets[chosen]) + 0.5 * kl).backward()
+        divergence = (before.exp() * (before - said[0])).sum(-1).mean()
+        (cross_entropy(said[0], targets[chosen]) + 0.5 * divergence).backward()
         optimizer.step()
         optimizer.zero_grad()
-        expected.append(kl.item())
+        expected.append(divergence.item())
     assert [line["kl"] for line in metrics(made.folder)] == pytest.approx(expected, rel=1e-3, abs=1e-7)
     assert greatest_difference(tuned.connector.state_dict(), model.connector.state_dict()) < 1e-5
 
@@ -176,6 +177,17 @@ def test_each_stage_is_held_to_where_it_began(world: Path, tmp_path: Path) -> No
     train(made)
     found = [line["kl"] for line in metrics(made.folder)]
     assert found[0] == found[2] == 0 and found[1] > 0 and found[3] > 0
+
+
+def test_a_kl_that_is_no_number_stops_the_run(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(base: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:
+        return tuned.sum() * float("nan")
+
+    monkeypatch.setattr(kl, "kl_divergence", broken)
+    with pytest.raises(UserError, match=r"KL to the base is nan at step 1; the samples were"):
+        train(options(world, tmp_path))
 
 
 def test_changed_replay_data_does_not_resume(

@@ -187,7 +187,7 @@ def test_a_kl_that_is_no_number_stops_the_run(
 
     monkeypatch.setattr(kl, "kl_divergence", broken)
     with pytest.raises(UserError, match=r"KL to the base is nan at step 1; the samples were"):
-        train(options(world, tmp_path))
+        train(options(world, tmp_path, tune={**TUNE, "language": LORA}))
 
 
 def test_changed_replay_data_does_not_resume(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import shlex
 import sys
@@ -36,6 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         count = len(error.faults)
         print(f"mmtune: {error}" if count == 1 else f"mmtune: {count} faults\n{error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+            raise
+        mend = "Look at its permissions and those of the folders above it, and at how long its name is."
+        print(f"mmtune: {error.filename}: {error.strerror}\n    {mend}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
         print(f"mmtune: {stopped or 'interrupted'}", file=sys.stderr)
@@ -152,7 +159,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, found '{text}'") from None
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, found {text}")
     return number

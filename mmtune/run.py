@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,8 +53,8 @@ class DataOptions:
                 fault("split", f"the card {self.card} has no split '{self.split}'", mend)
                 return
         file = self.file()
-        if not file.is_file():
-            mend = "mmtune data prepare tiny makes the tiny world." if self.card else ""
+        if not os.path.isfile(file):
+            mend = "mmtune data prepare tiny makes the tiny world." if self.card else "Is the path right?"
             fault("card" if self.card else "path", f"there is no file {file}", mend)
 
     def file(self) -> Path:
@@ -234,8 +235,9 @@ class RunOptions:
                     fault(name, f"'{name}' and 'stages' exclude each other")
             if not self.stages:
                 fault("stages", "an empty list")
-        if not self.name or "/" in self.name or self.name.startswith("."):
-            fault("name", f"'{self.name}' cannot be the name of a folder")
+        if not self.name or "/" in self.name or self.name.startswith(".") or len(self.name.encode()) > 200:
+            mend = "Take up to 200 letters, without a slash and without a dot in front."
+            fault("name", f"'{self.name}' cannot be the name of a folder", mend)
         whole = self.model.base and not any(getattr(self.model, part) for part in PARTS)
         if self.evaluate and self.evaluate.attribution and not whole:
             mend = "Start from model.base alone, or leave attribution out."

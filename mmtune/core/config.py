@@ -7,6 +7,7 @@ metadata, `field(metadata=chosen_by("tuner", TUNERS))`.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import types
 import typing
@@ -24,6 +25,7 @@ Path_ = tuple[str, ...]
 Report = Callable[..., None]
 """What an options class's `check` is given to tell of a fault: fault(field, what, mend)."""
 
+MOST_ENTRIES = 100_000
 COMMAND_LINE = 0  # stands for the line of what an override gave
 
 
@@ -33,6 +35,7 @@ class Source:
     def __init__(self, path: Path, overrides: list[str] | None = None) -> None:
         self.path = Path(path)
         self.lines: dict[Path_, int] = {}
+        self._entries = 0
         self.faults: list[Fault] = []
         self.tree = self._read()
         for override in overrides or []:
@@ -67,11 +70,20 @@ class Source:
             node = yaml.compose(read_text(self.path), Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else "?"
-            raise UserError(f"not valid YAML: {error.problem}", where=f"{self.path}, line {line}") from None
-        except yaml.YAMLError as error:
-            raise UserError(f"not valid YAML: {error}", where=self.path) from None
+            problem = str(error.problem)
+            mend = "Indent with spaces: YAML takes no tabs." if "'\\t'" in problem else "Mend that line."
+            raise UserError(
+                f"not valid YAML: {problem}", where=f"{self.path}, line {line}", mend=mend
+            ) from None
+        except yaml.YAMLError as error:  # a control character
+            said = str(error).splitlines()[0]
+            raise UserError(f"not valid YAML: {said}", where=self.path, mend="Is it a text file?") from None
+        except RecursionError:
+            raise UserError(
+                "not valid YAML: it is nested too deeply", where=self.path, mend="Is it the file you mean?"
+            ) from None
         if node is None:
-            raise UserError("the file is empty", where=self.path)
+            raise UserError("the file is empty", where=self.path, mend="Was it written whole?")
         return self._build(node, (), lambda mark: mark.line + 1)
 
     def _build(
@@ -79,12 +91,23 @@ class Source:
     ) -> Any:
         self.lines.setdefault(key, line_of(node.start_mark))
         if any(node is outer for outer in within):
-            self.fault(key, "an alias stands inside itself")
+            self.fault(key, "an alias stands inside itself", "Write its value out.")
             return None
+        self._entries += 1
+        if self._entries > MOST_ENTRIES:
+            raise UserError(
+                f"more than {MOST_ENTRIES} entries", where=self.path, mend="Do aliases multiply each other?"
+            )
         within = (*within, node)
         if isinstance(node, yaml.MappingNode):
             mapping: dict[str, Any] = {}
             for name_node, value_node in node.value:
+                if not isinstance(name_node, yaml.ScalarNode) or name_node.value == "<<":
+                    what = "merge keys (<<) are not read" if name_node.value == "<<" else "a key must be text"
+                    self.faults.append(
+                        Fault(what, self._place(line_of(name_node.start_mark), key), "Write the keys out.")
+                    )
+                    continue
                 name = str(name_node.value)
                 inner = (*key, name)
                 line = line_of(name_node.start_mark)
@@ -104,6 +127,10 @@ class Source:
             value = yaml.SafeLoader("").construct_object(node)
         except (yaml.YAMLError, ValueError):  # an unknown !tag, a date such as 2026-13-01
             self.fault(key, f"'{node.value}' is no value of YAML", "Put it in quotes if it is text.")
+            return None
+        # 010 is 8 in YAML 1.1, and 1:30 is 90.
+        if type(value) is int and str(value) != node.value.replace("_", "").lstrip("+"):
+            self.fault(key, f"{node.value} would be read as {value}", f"Write {value}, or put it in quotes.")
             return None
         # YAML 1.1 reads 2e-4 (no dot) as text; everybody who writes it means a number.
         if isinstance(value, str) and getattr(node, "style", None) is None:
@@ -126,7 +153,7 @@ class Source:
         self.lines[key] = COMMAND_LINE
         try:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, RecursionError):
             value: Any = text
         else:
             value = None if node is None else self._build(node, key, lambda mark: COMMAND_LINE)
@@ -314,12 +341,17 @@ def _convert(hint: Any, value: Any, key: Path_, source: Source) -> Any:
         item = typing.get_args(hint)[1]
         return {name: _convert(item, entry, (*key, name), source) for name, entry in value.items()}
     if not _fits(hint, value):
-        mend = (
-            nearest(value, list(typing.get_args(hint)))
-            if origin is Literal and isinstance(value, str)
-            else ""
-        )
+        mend = ""
+        if origin is Literal and isinstance(value, str):
+            mend = nearest(value, list(typing.get_args(hint)))
+        elif hint in (int, float) and isinstance(value, str) and _is_number(value):
+            mend = "Write it without quotes."
+        elif hint is str and value is not None and not isinstance(value, (dict, list)):
+            mend = "Put it in quotes if it is meant as text."
         source.fault(key, f"expected {_name(hint)}, found {_describe(value)}", mend)
+        return None
+    if isinstance(value, str) and "\0" in value:
+        source.fault(key, f"there is a NUL byte in {value!r}", "Take it out.")
         return None
     if hint is float:
         return float(value)
@@ -373,6 +405,13 @@ def _describe(value: Any) -> str:
     if isinstance(value, list):
         return "a list"
     return f"{value!r}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _number_or_text(value: str) -> str | float:

@@ -15,36 +15,52 @@ from mmtune.core.errors import UserError
 
 # Python refuses numbers of thousands of digits, and brackets nested as deep.
 _UNPARSED = (ValueError, RecursionError)
-
-
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises UserError where it is missing, a folder, unreadable or not UTF-8."""
+    """The text of a UTF-8 file, without a byte order mark; every line end a line feed.
+
+    Raises UserError where it is missing, a folder, unreadable or not UTF-8.
+    """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError("no such file", where=path) from None
+        raise UserError("no such file", where=path, mend="Is the path right?") from None
     except IsADirectoryError:
-        raise UserError("this is a folder, a file was expected", where=path) from None
+        raise UserError(
+            "this is a folder, a file was expected", where=path, mend="Name a file in it."
+        ) from None
     except UnicodeDecodeError as error:
-        raise UserError(f"not a UTF-8 text file (byte {error.start})", where=path) from None
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"not a UTF-8 text file (byte {error.start})",
+            where=f"{path}, line {line}",
+            mend="Save it as UTF-8; from Latin-1: iconv -f latin1 -t utf-8 FILE.",
+        ) from None
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=path) from None
+        raise UserError(
+            f"cannot be read: {error.strerror}", where=path, mend="Look at its permissions and its disk."
+        ) from None
+    except ValueError:  # a NUL byte in the path
+        raise UserError(f"{str(path)!r} cannot be the path of a file", mend="Correct the path.") from None
 
 
 def read_json(path: Path) -> Any:
     """The parsed JSON of a file. Raises UserError with the line of what is broken."""
     text = read_text(path)
     if not text.strip():
-        raise UserError("the file is empty", where=path)
+        raise UserError("the file is empty", where=path, mend="Was it written whole?")
     try:
         return _parsed(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"not valid JSON: {error.msg}", where=f"{path}, line {error.lineno}") from None
+        mend = "Mend that line; was the file written whole?"
+        if error.msg == "Extra data":
+            mend = "A file of one object per line is JSONL: let its name end in .jsonl."
+        where = f"{path}, line {error.lineno}"
+        raise UserError(f"not valid JSON: {error.msg}", where=where, mend=mend) from None
     except _UNPARSED as error:
-        raise UserError(f"not valid JSON: {error}", where=path) from None
+        raise UserError(f"not valid JSON: {error}", where=path, mend="Mend it, or write it anew.") from None
 
 
 def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -56,26 +72,68 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = _parsed(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"not valid JSON: {error.msg}", where=f"{path}, line {number}") from None
         except _UNPARSED as error:
-            raise UserError(f"not valid JSON: {error}", where=f"{path}, line {number}") from None
+            said = error.msg if isinstance(error, json.JSONDecodeError) else error
+            raise UserError(
+                f"not valid JSON: {said}",
+                where=f"{path}, line {number}",
+                mend="Each line must be one whole JSON object; a file that is one list ends in .json.",
+            ) from None
         if not isinstance(row, dict):
-            raise UserError(f"expected an object, found {type(row).__name__}", where=f"{path}, line {number}")
+            raise UserError(
+                f"expected an object, found {type(row).__name__}",
+                where=f"{path}, line {number}",
+                mend="Each line must be one whole JSON object; a file that is one list ends in .json.",
+            )
         rows.append((number, row))
     if not rows:
-        raise UserError("the file is empty", where=path)
+        raise UserError("the file is empty", where=path, mend="Was it written whole?")
     return rows
 
 
 def _parsed(text: str) -> Any:
-    value = json.loads(text)
+    """The value of a JSON text. Raises ValueError also for what json would take in silence."""
+    value = json.loads(text, object_pairs_hook=_no_key_twice)
     if _SURROGATE.search(text):
+        # Half of a pair (an emoji cut in two) is no text: neither a tokenizer nor a file takes it.
         try:
             json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:  # no tokenizer takes it, and no file could hold it
-            raise ValueError("half of a character, \\ud800 to \\udfff without the other half") from None
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(f"\\u{ord(half):x} is half of a character; write both halves or none") from None
     return value
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        again = next(name for name in names if names.count(name) > 1)
+        of = f" of the object with id {made['id']}" if "id" in made and again != "id" else ""
+        raise ValueError(f"the key '{again}'{of} is given twice; keep one of the two")
+    return made
+
+
+def inside(root: Path, name: str) -> Path:
+    """The file `name` under the folder `root`; an absolute name must lie there too.
+
+    A name from a data file must not reach what lies elsewhere, so `..` is taken literally, whatever is
+    linked. A link inside the folder is followed: it is the user's own. Raises UserError.
+    """
+    if "\0" in name:
+        raise UserError(
+            f"{name!r} cannot be the path of a file: it holds a NUL byte", mend="Correct the path."
+        )
+    if ".." not in name and not name.startswith("/"):
+        return Path(root) / name
+    above = os.path.abspath(root)
+    relative = os.path.relpath(os.path.normpath(os.path.join(above, name)), above)
+    if relative == ".." or relative.startswith("../"):
+        raise UserError(
+            f"'{name}' leads out of the folder of the pictures, {root}",
+            mend="Give a folder that holds all of them (image_root; / where their paths are absolute).",
+        )
+    return Path(root) / relative
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Padding is decided here and only here: to the right for training, to the left fo
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,9 +58,14 @@ def encode_samples(
 ) -> tuple[list[Example], list[str]]:
     """Encodes all samples; returns the examples and the ids of those skipped for their length.
 
-    A sample is never cut: one longer than `max_length` tokens is an error, or is skipped where
-    `too_long` is "skip". Raises UserError that names the samples.
+    A sample is never cut: one longer than `max_length` tokens, or than the chat's `context`, is an error,
+    or is skipped where `too_long` is "skip". Raises UserError that names the samples.
     """
+    if max_length <= chat.context:
+        limit, most, mend = float(max_length), f"max_length {max_length}", "Raise train.max_length"
+    else:
+        limit, most = chat.context, f"the language model's context of {chat.context} tokens"
+        mend = "Shorten it"
     examples: list[Example] = []
     skipped: list[str] = []
     faults: list[Fault] = []
@@ -67,11 +73,11 @@ def encode_samples(
         try:
             ids, labels = chat.encode(list(sample.turns))
         except UserError as error:
-            faults += [Fault(fault.what, f"sample {sample.id}", fault.mend) for fault in error.faults]
+            faults += [Fault(fault.what, sample.place, fault.mend) for fault in error.faults]
             if len(faults) >= MOST_FAULTS:
                 break
             continue
-        if len(ids) <= max_length:
+        if len(ids) <= limit:
             examples.append(
                 Example(sample.id, np.array(ids, np.int32), np.array(labels, np.int32), sample.images)
             )
@@ -80,9 +86,9 @@ def encode_samples(
         else:
             faults.append(
                 Fault(
-                    f"{len(ids)} tokens, more than max_length {max_length}",
-                    f"sample {sample.id}",
-                    "Raise train.max_length, or set train.too_long to skip.",
+                    f"{len(ids)} tokens, more than {most}",
+                    sample.place,
+                    f"{mend}, or set train.too_long to skip.",
                 )
             )
             if len(faults) >= MOST_FAULTS:
@@ -90,7 +96,7 @@ def encode_samples(
     if faults:
         raise UserError.of(faults)
     if not examples:
-        raise UserError("every sample is longer than max_length", mend="Raise train.max_length.")
+        raise UserError(f"every sample is longer than {most}", where="data", mend=f"{mend}.")
     return examples, skipped
 
 
@@ -100,12 +106,12 @@ def check_pictures(examples: Sequence[Example | Sample]) -> None:
     known: set[Path] = set()
     for example in examples:
         for path in example.images:
-            if path not in known and not path.is_file():
+            if path not in known and not os.path.isfile(path):  # False too where its folder is closed
                 missing[path] = example.id
             known.add(path)
     if missing:
         faults = [
-            Fault(f"no such picture: {path}", f"sample {name}", "Is image_root right?")
+            Fault(f"no such picture: {path}", f"sample {name}", "Is image_root right, and may you read it?")
             for path, name in list(missing.items())[:MOST_FAULTS]
         ]
         if len(missing) > MOST_FAULTS:
@@ -157,7 +163,14 @@ def collate(examples: Sequence[Example], transform: ImageTransform, pad_id: int)
     for row, example in enumerate(examples):
         labels[row, : len(example.labels)] = torch.from_numpy(example.labels)
     batch.labels = labels
-    batch.images = load_images([path for example in examples for path in example.images], transform)
+    pictures = []
+    for example in examples:
+        try:
+            pictures.append(load_images(example.images, transform))
+        except UserError as error:
+            faults = [Fault(f.what, f"{f.where} (sample {example.id})", f.mend) for f in error.faults]
+            raise UserError.of(faults) from None
+    batch.images = torch.cat(pictures)
     batch.sample_ids = tuple(example.id for example in examples)
     return batch
 

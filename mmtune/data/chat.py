@@ -12,6 +12,7 @@ tokenisation; `plain` is LLaVA's alignment format, the picture and then the answ
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ IGNORE = -100
 _PICTURE = re.compile(f"({IMAGE})")
 
 FORMATS = ("template", "vicuna_v1", "plain")
+_OTHER = "Name another chat format under model.language.chat, for example vicuna_v1."
 # Whose texts a chat template may trim: nobody's, or those of some roles.
 _TRIMMED = [some for count in range(4) for some in combinations(("system", "user", "assistant"), count)]
 
@@ -58,24 +60,42 @@ class Piece:
 class Chat:
     """A tokenizer together with one of the FORMATS and the number of tokens a picture takes.
 
+    context: the most tokens that the language model takes.
+
     Raises UserError for a format the tokenizer cannot serve.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, format: str, image_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        format: str,
+        image_tokens: int,
+        context: float = math.inf,
+    ) -> None:
         if format not in FORMATS:
             raise UserError(f"unknown chat format '{format}'", mend=f"Known: {', '.join(FORMATS)}.")
         if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no end token, so an answer could never end")
+            raise UserError(
+                "the tokenizer has no end token, so an answer could never end",
+                where=tokenizer.name_or_path,
+                mend="Set eos_token in its tokenizer_config.json.",
+            )
         if format == "template" and not tokenizer.chat_template:
             raise UserError(
                 "the tokenizer has no chat template",
-                mend="Name another chat format under model.language.chat, for example vicuna_v1.",
+                where=tokenizer.name_or_path,
+                mend=_OTHER,
             )
         if format == "vicuna_v1" and tokenizer.bos_token_id is None:
-            raise UserError("chat format vicuna_v1 starts with a BOS token, and the tokenizer has none")
+            raise UserError(
+                "chat format vicuna_v1 starts with a BOS token, and the tokenizer has none",
+                where=tokenizer.name_or_path,
+                mend="Name another chat format under model.language.chat, for example template.",
+            )
         self.tokenizer = tokenizer
         self.format = format
         self.image_tokens = image_tokens
+        self.context = context
         special = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special_ids = {token.content: i for i, token in special.items()}
         self._unsayable = special.keys() - {tokenizer.unk_token_id}
@@ -149,7 +169,7 @@ class Chat:
         whole = self._render(messages, generation=asks)
         missing = [turn.role for turn, mark in zip(turns, marks, strict=True) if mark not in whole]
         if missing:
-            raise UserError(f"the tokenizer's chat template leaves out the {missing[0]}'s turn")
+            raise UserError(f"the tokenizer's chat template leaves out the {missing[0]}'s turn", mend=_OTHER)
         turns = self._as_written(turns, whole, marks)
         pieces: list[Piece] = []
         done = 0
@@ -173,7 +193,7 @@ class Chat:
             until = self._render(messages[: i + 1], generation=False)
             answer, mark, ending = until[done:].partition(marks[i])
             if not mark:
-                raise UserError("the tokenizer's chat template leaves out the assistant's turn")
+                raise UserError("the tokenizer's chat template leaves out the assistant's turn", mend=_OTHER)
             kept = ending.rstrip()
             advance(answer + mark + kept, supervised=True)
             if not kept:
@@ -195,7 +215,7 @@ class Chat:
                 return said
         raise UserError(
             "the tokenizer's chat template changes what this conversation says",
-            mend="Name another chat format under model.language.chat, for example vicuna_v1.",
+            mend=_OTHER,
         )
 
     def _render(self, messages: list[dict[str, str]], generation: bool) -> str:
@@ -206,7 +226,9 @@ class Chat:
                 self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
             )
         except jinja2.TemplateError as error:
-            raise UserError(f"the tokenizer's chat template refuses this conversation: {error}") from None
+            raise UserError(
+                f"the tokenizer's chat template refuses this conversation: {error}", mend=_OTHER
+            ) from None
 
     def _tokenise(self, pieces: list[Piece], answer_follows: bool = False) -> tuple[list[int], list[int]]:
         ids: list[int] = []
@@ -303,9 +325,9 @@ def _split_at_marks(text: str, marks: list[str], turns: list[Turn], supervised: 
 def _check_roles(turns: list[Turn]) -> None:
     speakers = [turn.role for turn in turns if turn.role != "system"]
     if not speakers:
-        raise UserError("the conversation is empty")
+        raise UserError("the conversation is empty", mend="It needs a user's turn and the assistant's.")
     if any(turn.role == "system" for turn in turns[1:]):
-        raise UserError("a system turn stands after another turn")
+        raise UserError("a system turn stands after another turn", mend="It must be the first.")
     for i, role in enumerate(speakers):
         expected = ("user", "assistant")[i % 2]
         if role != expected:
@@ -314,4 +336,7 @@ def _check_roles(turns: list[Turn]) -> None:
             )
     for turn in turns:
         if turn.role != "user" and IMAGE in turn.text:
-            raise UserError(f"{IMAGE} stands in the {turn.role}'s turn; pictures belong to the user's")
+            raise UserError(
+                f"{IMAGE} stands in the {turn.role}'s turn; pictures belong to the user's",
+                mend="Move it to the user's turn, or spell it in another way where no picture is meant.",
+            )

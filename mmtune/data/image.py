@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mmtune.core.errors import UserError
+
+MOST_PIXELS = 2**26  # of a picture made on the way to the model's size: 8192 x 8192
+_MEND = "Take the picture out of the data, or fetch or save it anew."
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,17 @@ class ImageTransform:
     fit: Literal["pad", "crop"] = "pad"
 
     def __call__(self, picture: Image.Image) -> np.ndarray:
-        """A uint8 array [3, size, size] of an RGB picture."""
+        """A uint8 array [3, size, size] of an RGB picture.
+
+        One so long that its square would hold more than MOST_PIXELS is scaled down before it is padded.
+        """
         if self.fit == "pad" and picture.width != picture.height:
             side = max(picture.size)
+            if side**2 > MOST_PIXELS:
+                shrink = math.isqrt(MOST_PIXELS) / side
+                width, height = (max(1, round(length * shrink)) for length in picture.size)
+                picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+                side = max(picture.size)
             background = tuple(int(255 * value) for value in self.mean)
             square = Image.new("RGB", (side, side), background)
             square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
@@ -45,23 +57,41 @@ def _crop(picture: Image.Image, size: int) -> Image.Image:
     short = min(picture.size)
     width, height = (size * side // short for side in picture.size)
     left, top = (width - size) // 2, (height - size) // 2
+    if width * height > MOST_PIXELS:  # then only what is kept
+        across, down = picture.width / width, picture.height / height
+        kept = (left * across, top * down, (left + size) * across, (top + size) * down)
+        return picture.resize((size, size), Image.Resampling.BICUBIC, box=kept)
     resized = picture.resize((width, height), Image.Resampling.BICUBIC)
     return resized.crop((left, top, left + size, top + size))
 
 
 def load_image(path: Path) -> Image.Image:
-    """An upright RGB picture. Transparent parts are laid on white, 16-bit greys scaled to 8.
+    """An upright RGB picture. Transparent parts are laid on white, 16-bit greys scaled to 8; of an animation
+    the first frame.
 
     Raises UserError that names the file where it is missing or broken.
     """
     try:
         with Image.open(path) as opened:
             opened.load()
-            picture = ImageOps.exif_transpose(opened)
+            return _upright_rgb(opened)
     except FileNotFoundError:
-        raise UserError("no such picture", where=path, mend="Is image_root right?") from None
+        raise UserError("no such picture", where=path, mend="Is the folder of the pictures right?") from None
+    except PermissionError:
+        raise UserError("this picture may not be read", where=path, mend="Look at its permissions.") from None
+    except UserError as error:
+        raise UserError(error.faults[0].what, where=path, mend=error.faults[0].mend) from None
     except Exception as error:  # Damaged headers make decoders raise nearly anything, struct.error too.
-        raise UserError(f"this picture cannot be read: {error}", where=path) from None
+        raise UserError(f"this picture cannot be read: {error}", where=path, mend=_MEND) from None
+
+
+def _upright_rgb(opened: Image.Image) -> Image.Image:
+    picture = ImageOps.exif_transpose(opened)
+    if picture.mode == "F":
+        raise UserError(
+            "a picture of floating-point numbers has no black and no white",
+            mend="Save it with 8 or 16 bits.",
+        )
     if picture.mode.startswith("I"):
         grey = np.asarray(picture).clip(0, 65535)
         picture = Image.fromarray((grey >> 8 if grey.max() > 255 else grey).astype(np.uint8))

@@ -1,17 +1,20 @@
 """LLaVA training files (JSON or JSONL) -> Sample(id, images, turns).
 
 A file's rows are `{"id", "image": path or list of paths, "conversations": [{"from", "value"}]}`;
-text-only rows have no image.
+text-only rows have no image, or null. Other keys are not read.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mmtune.core.errors import Fault, UserError
-from mmtune.core.files import read_json, read_jsonl
+from mmtune.core.files import inside, read_json, read_jsonl
 from mmtune.data.chat import IMAGE, Turn
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -20,11 +23,20 @@ MOST_FAULTS = 20
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation about any number of pictures; the i-th picture belongs to the i-th `<image>`."""
+    """One conversation about any number of pictures; the i-th picture belongs to the i-th `<image>`.
+
+    where: the file and the sample's place in it, for messages; ids need not be unique in LLaVA's own data.
+    """
 
     id: str
     images: tuple[Path, ...]
     turns: tuple[Turn, ...]
+    where: str = field(default="", compare=False)
+
+    @property
+    def place(self) -> str:
+        """What a message calls it: its id and, where it was read from a file, its place there."""
+        return self.where or f"sample {self.id}"
 
 
 def read_llava(path: Path, image_root: Path, limit: int | None = None) -> list[Sample]:
@@ -42,10 +54,14 @@ def read_sound(path: Path, image_root: Path, limit: int | None = None) -> tuple[
     else:
         whole = read_json(path)
         if not isinstance(whole, list):
-            raise UserError("expected a list of samples", where=path)
+            raise UserError(
+                f"expected a list of samples, found {type(whole).__name__}",
+                where=path,
+                mend="Put the samples between [ and ], with commas between them.",
+            )
         rows = [(f"{path}, sample {i}", row) for i, row in enumerate(whole)]
     if not rows:
-        raise UserError("the file holds no samples", where=path)
+        raise UserError("the file holds no samples", where=path, mend="Was it written whole?")
     samples, faults = [], []
     for where, row in rows[:limit]:
         try:
@@ -56,6 +72,11 @@ def read_sound(path: Path, image_root: Path, limit: int | None = None) -> tuple[
                 faults.append(Fault("there may be more; these are the first", str(path)))
                 break
     return samples, faults
+
+
+def repeated_ids(samples: Sequence[Sample]) -> list[str]:
+    """Ids that several samples share. No fault: LLaVA's own mixture names samples after their pictures."""
+    return [name for name, count in Counter(sample.id for sample in samples).items() if count > 1]
 
 
 def image_first(sample: Sample) -> Sample:
@@ -73,19 +94,35 @@ def image_first(sample: Sample) -> Sample:
 
 def _sample(row: Any, where: str, image_root: Path) -> Sample:
     if not isinstance(row, dict):
-        raise UserError(f"expected an object, found {type(row).__name__}", where=where)
+        raise UserError(
+            f"expected an object, found {type(row).__name__}",
+            where=where,
+            mend="A sample is {'id': ..., 'image': ..., 'conversations': [...]}.",
+        )
     name = row.get("id")
     if name is not None:
         where = f"{where} (id {name})"
     if not isinstance(name, (str, int)) or isinstance(name, bool):
-        raise UserError("'id' must be text or a whole number", where=where)
-    images = row.get("image", [])
-    images = [images] if isinstance(images, str) else images
+        raise UserError(f"'id' must be text or a whole number, found {_found(row, 'id')}", where=where)
+    if row.get("images") and not row.get("image"):
+        raise UserError(
+            "'images' is not read", where=where, mend="Name it 'image': a path or a list of paths."
+        )
+    images = row.get("image")
+    images = [] if images is None else [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
-        raise UserError("'image' must be a path or a list of paths", where=where)
+        raise UserError(
+            f"'image' must be a path or a list of paths, found {_found(row, 'image')}",
+            where=where,
+            mend="Leave it out, or null, where there is no picture.",
+        )
     conversations = row.get("conversations")
     if not isinstance(conversations, list) or not conversations:
-        raise UserError("'conversations' must be a list with at least one turn", where=where)
+        raise UserError(
+            f"'conversations' must be a list with at least one turn, found {_found(row, 'conversations')}",
+            where=where,
+            mend=f"The sample has: {', '.join(row)}.",
+        )
     turns = tuple(_turn(entry, i, where) for i, entry in enumerate(conversations))
     placeholders = sum(turn.text.count(IMAGE) for turn in turns)
     if placeholders != len(images):
@@ -94,14 +131,33 @@ def _sample(row: Any, where: str, image_root: Path) -> Sample:
             where=where,
             mend=f"Each picture needs its own {IMAGE} in a user's turn.",
         )
-    if not any(turn.role == "assistant" and turn.text for turn in turns):
-        raise UserError("no assistant's turn with text, so there is nothing to learn from", where=where)
-    return Sample(str(name), tuple(Path(image_root) / image for image in images), turns)
+    if not any(turn.role == "assistant" and turn.text.strip() for turn in turns):
+        raise UserError(
+            "no assistant's turn with text, so there is nothing to learn from",
+            where=where,
+            mend="Give it an answer, or take the sample out.",
+        )
+    try:
+        paths = tuple(inside(image_root, image) for image in images)
+    except UserError as error:
+        raise UserError(error.faults[0].what, where=where, mend=error.faults[0].mend) from None
+    return Sample(str(name), paths, turns, where)
+
+
+def _found(row: dict[str, Any], key: str) -> str:
+    if key not in row:
+        return "nothing"
+    written = json.dumps(row[key])
+    return written if len(written) <= 40 else f"{written[:40]}..."
 
 
 def _turn(entry: Any, index: int, where: str) -> Turn:
     if not isinstance(entry, dict) or not isinstance(entry.get("value"), str):
-        raise UserError(f"turn {index + 1} must be an object with 'from' and a text 'value'", where=where)
+        raise UserError(
+            f"turn {index + 1} must be an object with 'from' and a text 'value'",
+            where=where,
+            mend="Write {'from': 'human', 'value': 'What is it?'}, the answer from 'gpt'.",
+        )
     speaker = entry.get("from")
     role = ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:

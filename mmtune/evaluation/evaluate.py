@@ -55,6 +55,10 @@ def evaluate(
     twice = sorted({task for task in tasks if list(tasks).count(task) > 1})
     if twice:
         raise UserError(f"tasks are given twice: {some(twice)}", mend="Name each task once.")
+    if output.exists() and not output.is_dir():
+        raise UserError(
+            "this is a file, no folder for results", where=output, mend="Give another --output_path."
+        )
     protocols = [load_protocol(task) for task in tasks]
     asked = [(protocol, *protocol.questions(split, root)) for protocol in protocols]
     if restore is not None:

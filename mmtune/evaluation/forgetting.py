@@ -127,7 +127,9 @@ def _read_answers(path: Path, of: dict[str, Any]) -> dict[str, Answer]:
         where = f"{path}, line {line}"
         identity = str(field(row, "question_id", (str, int), where))
         if identity in answers:
-            raise UserError(f"question_id {identity} occurs a second time", where=where)
+            raise UserError(
+                f"question_id {identity} occurs a second time", where=where, mend="Evaluate again."
+            )
         score = field(row, "score", (int, float), where)
         text = field(row, "prediction", (str, type(None)), where) or ""
         accepted = field(row, "target", list, where) if "target" in row else []

@@ -11,6 +11,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mmtune.core.errors import UserError
+from mmtune.core.files import inside
 from mmtune.data.batches import load_images, pad
 from mmtune.evaluation.metrics.base import Question
 from mmtune.evaluation.protocol import Protocol
@@ -27,6 +29,14 @@ def generate_answers(
 ) -> dict[str, str]:
     """Greedy answers, question id -> text. Raises UserError for a picture that is missing or broken."""
     prompts = {question.id: model.chat.prompt(protocol.turns(question)) for question in questions}
+    context = model.chat.context
+    for question in questions:
+        if len(prompts[question.id]) >= context:
+            raise UserError(
+                f"{len(prompts[question.id])} tokens are asked, the model's context has {context}",
+                where=f"task {protocol.task}, question {question.id}",
+                mend="Take a model with a longer context.",
+            )
     # Longest first: running out of memory shows at once, and a batch holds prompts of similar length.
     order = sorted(questions, key=lambda question: -len(prompts[question.id]))
     device = next(model.parameters()).device
@@ -40,7 +50,7 @@ def generate_answers(
         for start in range(0, len(order), batch_size):
             asked = order[start : start + batch_size]
             batch = pad([prompts[question.id] for question in asked], model.language.pad_id, left=True)
-            paths = [image_root / question.image for question in asked if question.image]
+            paths = [inside(image_root, question.image) for question in asked if question.image]
             batch.images = load_images(paths, model.transform)
             produced = model.generate(batch.to(device), max_new_tokens or protocol.max_new_tokens)
             for question, ids in zip(asked, produced, strict=True):

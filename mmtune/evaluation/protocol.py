@@ -98,12 +98,21 @@ class Protocol:
         return read_questions(self.for_split(split), file), file
 
     def turns(self, question: Question) -> list[Turn]:
-        """What the model is asked: the picture, if there is one, and the filled-in prompt."""
+        """What the model is asked: the picture, if there is one, and the filled-in prompt.
+
+        Raises UserError for a question whose own text holds `<image>`: there is no picture for that one.
+        """
         lettered = zip(ascii_uppercase, question.choices, strict=False)
         options = "\n".join(f"{letter}. {text}" for letter, text in lettered)
         text = self.prompt.format(
             question=question.text, choices=", ".join(question.choices), options=options
         )
+        if IMAGE in text:
+            raise UserError(
+                f"its text holds {IMAGE}, which stands for a picture",
+                where=f"task {self.task}, question {question.id}",
+                mend="Spell it in another way in the annotation file.",
+            )
         return [Turn("user", f"{IMAGE}\n{text}" if question.image else text)]
 
     @property
@@ -131,7 +140,7 @@ class Suite:
                 if task not in task_names():
                     fault(f"{key}.{i}", f"unknown task '{task}'", nearest(task, task_names()))
                 if task in seen:
-                    fault(f"{key}.{i}", f"task '{task}' is given twice")
+                    fault(f"{key}.{i}", f"task '{task}' is given twice", "Keep one of the two.")
                 seen.add(task)
 
     @property

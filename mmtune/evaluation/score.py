@@ -93,7 +93,9 @@ def score_predictions(
     """
     name, score = find_rule(protocol, rule)
     if not questions:
-        raise UserError("no questions to score", where=f"task {protocol.task}")
+        raise UserError(
+            "no questions to score", where=f"task {protocol.task}", mend="Is this the right annotation file?"
+        )
     unknown = predictions.keys() - {question.id for question in questions}
     if unknown:
         raise UserError(
@@ -228,7 +230,7 @@ def _read_rows(path: Path) -> list[_Row]:
     else:
         rows = [_row(row, f"{path}, line {line}") for line, row in read_jsonl(path)]
     if not rows:
-        raise UserError("no predictions in this file", where=path)
+        raise UserError("no predictions in this file", where=path, mend="Was it written whole?")
     return rows
 
 
@@ -248,7 +250,11 @@ def _pairs(text: str) -> list[tuple[str, Any]]:
 
 def _row(row: Any, where: str) -> _Row:
     if not isinstance(row, dict):
-        raise UserError(f"expected an object, found {type(row).__name__}", where=where)
+        raise UserError(
+            f"expected an object, found {type(row).__name__}",
+            where=where,
+            mend="An answer is {'question_id': ..., 'text': ...}.",
+        )
     identity = row.get("question_id", row.get("questionId"))
     if not isinstance(identity, str | int) or isinstance(identity, bool):
         raise UserError("it has no 'question_id'", where=where, mend=f"Found: {', '.join(row) or 'nothing'}.")

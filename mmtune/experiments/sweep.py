@@ -55,7 +55,7 @@ class SweepOptions:
 
     def check(self, fault: Report) -> None:
         if bool(self.grid) == bool(self.runs):
-            fault("", "give either 'grid' or 'runs'")
+            fault("", "give either 'grid' or 'runs'", "A grid holds a list of values for each dotted key.")
         for key, values in self.grid.items():
             if not values:
                 fault(f"grid.{key}", "no values")

@@ -14,6 +14,10 @@ from mmtune.parts.spec import PARTS, ModelOptions
 
 # What decides a part's answers: weights, configs, tokenizers, chat templates.
 SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
+FOREIGN = (
+    "Name a folder that mmtune saved a model to; a tower or language model of transformers goes under "
+    "model.vision.weights or model.language.weights."
+)
 REFERENCES = ("weights", "tokenizer", "adapter")
 WHOLE = 64 * 2**20  # bytes up to which a file is hashed as a whole
 EDGE = 2**20
@@ -56,10 +60,10 @@ def start_hash(model: ModelOptions) -> str | None:
 
 def _config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise UserError("no such folder", where=folder)
+        raise UserError("no such folder", where=folder, mend="Name a folder that mmtune saved a model to.")
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or not all(isinstance(config.get(part), dict) for part in PARTS):
-        raise UserError("not the config of an mmtune model", where=folder / "config.json")
+        raise UserError("not the config of an mmtune model", where=folder / "config.json", mend=FOREIGN)
     return config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ class LanguageModel(nn.Module):
             raise UserError(
                 f"the tokenizer has {len(tokenizer)} tokens, the model only "
                 f"{hf.get_input_embeddings().num_embeddings} embeddings",
-                mend="Tokenizer and language model don't belong together.",
+                where=tokenizer.name_or_path,
+                mend="Tokenizer and language model don't belong together: name the model's own.",
             )
 
     @classmethod
@@ -47,7 +49,11 @@ class LanguageModel(nn.Module):
         if model_type is None:
             raise UserError("'model_type' is missing", where=where, mend="For example llama.")
         if str(model_type) not in CONFIG_MAPPING:
-            raise UserError(f"transformers knows no model_type '{model_type}'", where=where)
+            raise UserError(
+                f"transformers knows no model_type '{model_type}'",
+                where=where,
+                mend="Name a family as its config.json does, for example llama or qwen2.",
+            )
         special = {name: getattr(tokens, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         made = new_config(CONFIG_MAPPING[model_type], fields, where, vocab_size=len(tokens), **special)
         with refusals(where):
@@ -63,6 +69,11 @@ class LanguageModel(nn.Module):
         """The id padding is written with; it is masked everywhere, so any will do."""
         tokens = self.tokenizer
         return tokens.pad_token_id if tokens.pad_token_id is not None else tokens.eos_token_id
+
+    @property
+    def context(self) -> float:
+        """The most tokens the model was made for; infinite where its config names no number."""
+        return getattr(self.hf.config, "max_position_embeddings", None) or math.inf
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """[B, T] -> [B, T, width]."""
@@ -95,5 +106,8 @@ def load_tokenizer(where: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name. Raises UserError where there is none."""
     try:
         return AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer can be loaded: {str(error).splitlines()[0]}", where=where) from None
+    except Exception as error:  # a broken tokenizer.json makes tokenizers raise nothing narrower
+        said = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"no tokenizer can be loaded: {said}", where=where, mend="Name a folder or model that has one."
+        ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from transformers.utils import logging
 
 from mmtune.core.errors import Fault, UserError
 from mmtune.core.table import nearest
+
+_NOWHERE = "There is no such folder, and no such model on the hub."
 
 
 def from_pretrained(cls: Any, weights: str, **options: Any) -> Any:
@@ -46,8 +49,32 @@ def from_pretrained(cls: Any, weights: str, **options: Any) -> Any:
         kind, names = (
             ("missing", missing) if missing else ("of another shape than the config says", mismatched)
         )
-        raise UserError(f"{len(names)} weights are {kind}: {', '.join(names[:5])}", where=weights)
+        raise UserError(
+            f"{len(names)} weights are {kind}: {', '.join(names[:5])}",
+            where=weights,
+            mend="Config and weights must be of one model: copy the folder anew.",
+        )
     return model
+
+
+def load_adapter(core: nn.Module, folder: Path) -> Any:
+    """The peft model of a module and a saved adapter. Raises UserError where a file or a tensor is missing,
+    broken or of another shape.
+    """
+    from peft import PeftModel
+
+    mend = "Copy the folder anew from where it was trained; it must be whole."
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            raise UserError(f"no {file}", where=folder, mend=mend)
+    try:
+        with warnings.catch_warnings():
+            # What the file lacks, peft leaves at its start with a warning.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(core, str(folder))
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, Warning) as error:
+        said = " ".join(str(error).split())[:300]
+        raise UserError(f"the adapter cannot be loaded: {said}", where=folder, mend=mend) from None
 
 
 def load_config(weights: str) -> PretrainedConfig:
@@ -81,7 +108,11 @@ def refusals(where: str) -> Iterator[None]:
         yield
     except Exception as error:
         said = " ".join(str(error).split())
-        raise UserError(f"refused by transformers: {type(error).__name__}: {said}", where=where) from error
+        raise UserError(
+            f"refused by transformers: {type(error).__name__}: {said}",
+            where=where,
+            mend="Correct the value; the fields are those of the family's own config.json.",
+        ) from error
 
 
 def own_weights(part: nn.Module) -> dict[str, torch.Tensor]:
@@ -115,5 +146,6 @@ def _outline(cls: Any, weights: str, config: PretrainedConfig | None) -> Any:
 
 
 def _unloadable(weights: str, error: Exception) -> UserError:
-    mend = "" if Path(weights).exists() else "There is no such folder, and no such model on the hub."
+    there = Path(weights).exists()
+    mend = "Copy the folder anew; it must be whole." if there else _NOWHERE
     return UserError(f"cannot be loaded: {str(error).splitlines()[0]}", where=weights, mend=mend)

@@ -23,8 +23,9 @@ from mmtune.data.batches import Batch
 from mmtune.data.chat import IGNORE, IMAGE_ID, Chat, Turn
 from mmtune.data.image import ImageTransform
 from mmtune.parts.connector.base import Connector
+from mmtune.parts.fingerprint import FOREIGN
 from mmtune.parts.language import LanguageModel
-from mmtune.parts.loading import torch_dtype
+from mmtune.parts.loading import load_adapter, torch_dtype
 from mmtune.parts.spec import (
     CONNECTORS,
     PARTS,
@@ -58,6 +59,7 @@ class VisionLanguageModel(nn.Module):
             raise UserError(
                 f"the connector takes {connector.vision_width} and gives {connector.language_width}, but the "
                 f"tower is {vision.width} wide and the language model {language.width}",
+                where="model",
                 mend="Leave out the connector's weights to start a new one.",
             )
         assert options.vision and options.language
@@ -68,7 +70,7 @@ class VisionLanguageModel(nn.Module):
         self.adapters: dict[str, PeftModel] = {}
         self.image_tokens = connector.tokens(vision.tokens)
         self.transform = ImageTransform(vision.image_size, vision.mean, vision.std, options.vision.fit)
-        self.chat = Chat(language.tokenizer, options.language.chat, self.image_tokens)
+        self.chat = Chat(language.tokenizer, options.language.chat, self.image_tokens, language.context)
 
     def part(self, name: str) -> nn.Module:
         """The module a tuner works on: inside it names are those of the part's own format."""
@@ -205,11 +207,7 @@ class VisionLanguageModel(nn.Module):
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Attaches a saved peft adapter to a part, through peft alone."""
-        from peft import PeftModel
-
-        if not (folder / "adapter_config.json").is_file():
-            raise UserError("no adapter_config.json", where=folder)
-        self.adapters[name] = PeftModel.from_pretrained(self.core(name), str(folder))
+        self.adapters[name] = load_adapter(self.core(name), folder)
 
     def merge_adapter(self, name: str) -> None:
         """Folds a part's adapter into its weights; the part is saved with the model from then on."""
@@ -262,7 +260,7 @@ def read_options(folder: str | Path) -> ModelOptions:
         raise UserError("no such folder", where=folder)
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or config.get("mmtune") != FORMAT_VERSION:
-        raise UserError("not the config of an mmtune model", where=folder / "config.json")
+        raise UserError("not the config of an mmtune model", where=folder / "config.json", mend=FOREIGN)
     kinds = {"vision": VisionOptions, "connector": ConnectorOptions, "language": LanguageOptions}
     source = Source.parsed(folder / "config.json", config)
     parts = {}

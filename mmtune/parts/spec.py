@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -94,9 +95,9 @@ class ModelOptions:
                     fault(
                         "", f"neither 'base' nor '{part}' is given", "Name a base model, or all three parts."
                     )
-        elif not shipped(self.base).exists():
-            fault("base", f"there is no folder {self.base}")
-        elif not (shipped(self.base) / "config.json").is_file():
+        elif not os.path.isdir(shipped(self.base)):
+            fault("base", f"there is no folder {self.base}", "Name a folder that mmtune saved a model to.")
+        elif not os.path.isfile(shipped(self.base) / "config.json"):
             fault("base", f"{self.base} holds no config.json", "Name a folder that mmtune saved a model to.")
 
 

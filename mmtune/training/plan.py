@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import sys
 from collections.abc import Sequence
 
 from rich import box
@@ -14,7 +15,8 @@ from rich.table import Table
 from mmtune.core.errors import Fault, UserError
 from mmtune.data.batches import Example, batch_order, check_pictures, encode_samples
 from mmtune.data.chat import Chat
-from mmtune.data.samples import Sample, image_first, read_sound
+from mmtune.data.samples import Sample, image_first, read_sound, repeated_ids
+from mmtune.evaluation.metrics.base import some
 from mmtune.parts.spec import PARTS
 from mmtune.run import DataOptions, ReplayOptions, Stage, TrainOptions
 from mmtune.tuning.base import Row
@@ -42,7 +44,7 @@ def print_tuning_table(rows: list[Row], console: Console | None = None) -> None:
 
 
 def read_examples(chat: Chat, data: list[DataOptions], settings: TrainOptions) -> list[Example]:
-    """Training data, encoded; what is skipped is named on the terminal.
+    """Training data, encoded; what is skipped is counted and named on the terminal.
 
     Raises UserError where samples or their pictures are faulty.
     """
@@ -61,9 +63,11 @@ def _read(data: list[DataOptions]) -> list[Sample]:
 
 def _encoded(samples: list[Sample], chat: Chat, settings: TrainOptions) -> list[Example]:
     examples, skipped = encode_samples(samples, chat, settings.max_length, settings.too_long)
+    if again := repeated_ids(samples):
+        print(f"mmtune: several samples share an id: {some(again)}", file=sys.stderr)
     if skipped:
-        named = ", ".join(skipped[:10]) + (" ..." if len(skipped) > 10 else "")
-        Console(stderr=True).print(f"{len(skipped)} of {len(samples)} samples skipped as too long: {named}")
+        count = f"{len(skipped)} of {len(samples)}"
+        print(f"mmtune: {count} samples skipped as too long: {', '.join(skipped)}", file=sys.stderr)
     check_pictures(examples)
     return examples
 

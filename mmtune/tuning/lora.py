@@ -83,6 +83,7 @@ class LoraTuner(Tuner):
                 f"rank {options.rank} is more than {', '.join(too_small[:3])} can have "
                 f"({' x '.join(map(str, shapes[too_small[0]]))})",
                 where=f"tune.{part}.rank",
+                mend=f"Lower it to {min(min(shapes[name]) for name in too_small)}, or name other targets.",
             )
         if options.penalty:
             self.penalised = options.penalty.select(targets, part)

@@ -82,6 +82,7 @@ class SculptTuner(LoraTuner):
                 raise UserError(
                     f"density {self.options.density} keeps no entry of {name} ({parameter.numel()} entries)",
                     where=f"tune.{part}.density",
+                    mend=f"Raise it to 1 / {parameter.numel()} or more.",
                 )
         return rows
 

@@ -244,6 +244,28 @@ def test_any_shape_becomes_the_square(height: int, width: int, size: int, fit: s
     assert np.abs(made.astype(int) - np.array(GREY)[:, None, None]).max() <= 1
 
 
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+def test_a_very_long_picture_takes_little_memory_and_the_same_pixels(
+    fit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what is kept is computed, or it is scaled down before its square is made; no pixel can tell."""
+    across = np.linspace(0, 255, 400)[None, :, None] + np.linspace(-20, 20, 40)[:, None, None]
+    picture = Image.fromarray(np.repeat(across.clip(0, 255), 3, -1).astype(np.uint8))
+    transform = ImageTransform(20, CLIP_MEAN, CLIP_STD, fit)
+    usual = transform(picture).astype(int)
+    made: list[tuple[int, int]] = []
+    monkeypatch.setattr("mmtune.data.image.MOST_PIXELS", 200 * 200 if fit == "pad" else 20 * 100)
+    whole = Image.Image.resize
+
+    def resize(picture: Image.Image, size: tuple[int, int], *options: Any, **named: Any) -> Image.Image:
+        made.append(size)
+        return whole(picture, size, *options, **named)
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    assert np.abs(transform(picture) - usual).max() <= 3
+    assert max(width * height for width, height in made) <= 200 * 200 // 10
+
+
 def _clip_processor(size: int) -> Any:
     return pytest.importorskip(
         "transformers.models.clip.image_processing_pil_clip", reason="no PIL form of CLIP's image processor"

@@ -201,8 +201,8 @@ def test_faults_of_all_kinds_are_found_together(world: Path, tmp_path: Path) -> 
         ("tune.language.targets", "'nothing.*' is no linear layer"),
         ("sample gone", "no such picture"),
         ("sample 2 (id none)", "but 0 pictures"),
-        ("sample long", "more than max_length 512"),
-        ("sample again", "turn 3 is the assistant's"),
+        ("(id long)", "more than max_length 512"),
+        ("(id again)", "turn 3 is the assistant's"),
         ("evaluate", "unknown suite 'tinny'"),
     ]:
         assert any(place in fault and what in fault for fault in found), (place, what, found)

@@ -112,7 +112,11 @@ def field(row: dict[str, Any], key: str, kind: type | tuple[type, ...], where: s
     if not isinstance(value, kind) or isinstance(value, bool):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         expected = " or ".join(each.__name__ for each in kinds)
-        raise UserError(f"'{key}' should be {expected}, found {type(value).__name__}", where=where)
+        raise UserError(
+            f"'{key}' should be {expected}, found {type(value).__name__}",
+            where=where,
+            mend="Is it the file as it was published or written?",
+        )
     return value
 
 
@@ -130,7 +134,7 @@ def image_path(template: str, image_id: object) -> str:
 def checked(questions: list[Question], path: Path) -> list[Question]:
     """The questions themselves. Raises UserError where there are none or two share an id."""
     if not questions:
-        raise UserError("no questions in this file", where=path)
+        raise UserError("no questions in this file", where=path, mend="Was it written whole?")
     count = Counter(question.id for question in questions)
     twice = [identity for identity in count if count[identity] > 1]
     if twice:

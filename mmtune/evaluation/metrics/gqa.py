@@ -40,7 +40,9 @@ def read(path: Path, image: str = "{image_id}.jpg") -> list[Question]:
     for identity, row in content.items():
         where = f"{path}, question {identity}"
         if not isinstance(row, dict):
-            raise UserError(f"expected an object, found {type(row).__name__}", where=where)
+            raise UserError(
+                f"expected an object, found {type(row).__name__}", where=where, mend="Fetch the file anew."
+            )
         if not row.get("isBalanced", True):
             unbalanced.append(identity)
         image_id = str(field(row, "imageId", (str, int), where))

@@ -136,7 +136,9 @@ def read(path: Path, task: str = "choose_txt", split: str = "test") -> list[Ques
     questions = []
     for pid in map(str, ids):
         if pid not in problems:
-            raise UserError(f"problem {pid} of split '{name}' is not in it", where=path)
+            raise UserError(
+                f"problem {pid} of split '{name}' is not in it", where=path, mend="Fetch the file anew."
+            )
         questions.append(
             _question(
                 problems[pid],
@@ -168,7 +170,9 @@ def _read_folders(path: Path, task: str) -> list[Question]:
 def _read_object(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
-        raise UserError(f"expected an object, found {type(content).__name__}", where=path)
+        raise UserError(
+            f"expected an object, found {type(content).__name__}", where=path, mend="Is it IconQA's own file?"
+        )
     return content
 
 
@@ -176,10 +180,14 @@ def _question(
     problem: Any, pid: str, task: str, *, image: str, skills: tuple[str, ...], where: str
 ) -> Question:
     if not isinstance(problem, dict):
-        raise UserError(f"expected an object, found {type(problem).__name__}", where=where)
+        raise UserError(
+            f"expected an object, found {type(problem).__name__}", where=where, mend="Fetch the file anew."
+        )
     kind = field(problem, "ques_type", str, where)
     if kind != task:
-        raise UserError(f"a problem of task '{kind}', expected '{task}'", where=where)
+        raise UserError(
+            f"a problem of task '{kind}', expected '{task}'", where=where, mend="Name its own task."
+        )
     text = field(problem, "question", str, where)
     if task == "fill_in_blank":
         answer = field(problem, "answer", str, where)
@@ -187,7 +195,9 @@ def _question(
     choices = tuple(map(str, field(problem, "choices", list, where)))
     index = field(problem, "answer", int, where)
     if not 0 <= index < len(choices):
-        raise UserError(f"'answer' is {index}, there are {len(choices)} choices", where=where)
+        raise UserError(
+            f"'answer' is {index}, there are {len(choices)} choices", where=where, mend="Correct it."
+        )
     return Question(
         pid, text, (choices[index],), image, cluster=pid, choices=choices, category=skills, answer_index=index
     )

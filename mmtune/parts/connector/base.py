@@ -13,6 +13,8 @@ from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, write_json
 from mmtune.parts.loading import own_weights
 
+COPY = "Copy the folder anew from where it was made; it must be whole."
+
 
 class Connector(nn.Module):
     """Made from `vision_width` and `language_width`; `tokens(n)` says how many embeddings n features give."""
@@ -51,10 +53,10 @@ class Connector(nn.Module):
         try:
             weights = load_file(folder / "model.safetensors")
         except FileNotFoundError:
-            raise UserError("no such file", where=folder / "model.safetensors") from None
+            raise UserError("no such file", where=folder / "model.safetensors", mend=COPY) from None
         except SafetensorError as error:
             raise UserError(
-                f"not a whole safetensors file: {error}", where=folder / "model.safetensors"
+                f"not a whole safetensors file: {error}", where=folder / "model.safetensors", mend=COPY
             ) from None
         expected = self.state_dict()
         shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
@@ -64,6 +66,8 @@ class Connector(nn.Module):
                 name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)
             )
             raise UserError(
-                f"tensors missing, unknown or of another shape: {', '.join(differing)}", where=folder
+                f"tensors missing, unknown or of another shape: {', '.join(differing)}",
+                where=folder / "model.safetensors",
+                mend=COPY,
             )
         self.load_state_dict(weights)

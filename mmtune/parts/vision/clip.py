@@ -18,6 +18,9 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+_CLIP = "Name the folder or hub name of a CLIP model or of its vision tower."
+
+
 class ClipTower(VisionTower):
     """Patch features of a CLIP tower's hidden layer, without the CLS token."""
 
@@ -39,7 +42,9 @@ class ClipTower(VisionTower):
         config: Any = load_config(weights)
         config = config.vision_config if isinstance(config, CLIPConfig) else config
         if not isinstance(config, CLIPVisionConfig):
-            raise UserError(f"this is a {config.model_type} model, not a CLIP tower", where=weights)
+            raise UserError(
+                f"this is a {config.model_type} model, not a CLIP tower", where=weights, mend=_CLIP
+            )
         _cut(config, layer, weights)
         hf = from_pretrained(CLIPVisionModel, weights, config=config, dtype=dtype)
         mean, std = MEAN, STD
@@ -77,5 +82,9 @@ class ClipTower(VisionTower):
 def _cut(config: CLIPVisionConfig, layer: int, where: str) -> None:
     layers = config.num_hidden_layers + 1 + layer
     if layers < 1:
-        raise UserError(f"layer {layer} of a tower with {config.num_hidden_layers} layers", where=where)
+        raise UserError(
+            f"layer {layer} of a tower with {config.num_hidden_layers} layers",
+            where=where,
+            mend=f"Name one from -{config.num_hidden_layers} to -1.",
+        )
     config.num_hidden_layers = layers

@@ -20,8 +20,10 @@ source scripts/venv.sh
 name="tiny_pretrain_s$seed"
 mmtune data prepare tiny
 mmtune train scripts/tiny/pretrain.yaml "name=$name" "seed=$seed" --resume
-for split in val test; do
-  mmtune eval --model "runs/$name/final" --suite tiny --split "$split" --skip_done \
-    --output_path "runs/$name/eval/tiny-$split"
+for suite in tiny tiny_letters; do
+  for split in val test; do
+    mmtune eval --model "runs/$name/final" --suite "$suite" --split "$split" --batch_size 100 --skip_done \
+      --output_path "runs/$name/eval/$suite-$split"
+  done
 done
 echo "The model: runs/$name/final. The one that ships is data/tiny/model."

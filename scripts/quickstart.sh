@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job on the tiny world: the base model, four ways of tuning it, and what each gained and forgot.
+# The main job on the tiny world: the base model, six ways of tuning it, and what each gained and forgot.
 # No download but the packages; minutes on a CPU. A second run skips what is done.
 # Usage: bash scripts/quickstart.sh [--seeds N] [--fresh]
 set -euo pipefail
@@ -26,7 +26,7 @@ mmtune eval --model data/tiny/model --suite tiny --batch_size 100 --output_path 
 
 runs=()
 for seed in $(seq 0 $((seeds - 1))); do
-  for method in lora lora_tuned lorasculpt_no_penalty lorasculpt; do
+  for method in lora lora_tuned replay kl lorasculpt_no_penalty lorasculpt; do
     name="${method}_s$seed"
     runs+=("$out/$name")
     echo "== $name: scripts/tiny/$method.yaml with seed $seed"

@@ -14,6 +14,7 @@ from mmtune.parts import VisionLanguageModel
 
 MODEL = share("data") / "tiny" / "model"
 SOURCE = load_suite("tiny").source
+TARGETS = [*load_suite("tiny").target, *load_suite("tiny_letters").target]
 
 
 def test_it_is_small_and_plain() -> None:
@@ -27,7 +28,7 @@ def test_it_is_small_and_plain() -> None:
 def test_its_card_says_how_it_was_made_and_what_it_can_do() -> None:
     card = (MODEL / "README.md").read_text(encoding="utf-8")
     assert "scripts/pretrain_tiny.sh" in card
-    for word in ("seed", "minutes", "licence", *SOURCE, *load_suite("tiny").target):
+    for word in ("seed", "minutes", "licence", *SOURCE, *TARGETS):
         assert word in card.lower(), word
 
 
@@ -50,7 +51,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_it_answers_most_source_questions(world: Path, tmp_path: Path) -> None:
-    made = evaluate(MODEL, SOURCE, tmp_path, root=world, batch_size=20)
+def test_it_answers_source_questions_and_has_the_target_still_to_learn(world: Path, tmp_path: Path) -> None:
+    """On 20 questions each; all of them give 90 % or more and 40 % or less (see its card)."""
+    made = evaluate(MODEL, [*SOURCE, *TARGETS], tmp_path, root=world, batch_size=20)
     scores = {task: result["score"] for task, result in made["results"].items()}
-    assert min(scores.values()) > 50, scores
+    assert min(scores[task] for task in SOURCE) >= 80, scores
+    assert max(scores[task] for task in TARGETS) <= 60, scores

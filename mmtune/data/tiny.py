@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, read_jsonl
 
-VERSION = 7  # part of the stamp: raise it whenever the same seed would give other files
+VERSION = 8  # part of the stamp: raise it whenever the same seed would give other files
 
 GRID = 4  # cells along each side
 CELL = 16  # pixels along each side of a cell
@@ -287,6 +287,13 @@ def conversation(scene: Scene, rng: random.Random) -> list[Question]:
     return asked
 
 
+def places(scene: Scene, rng: random.Random) -> list[Question]:
+    """Where each object is, in random order."""
+    kinds = [(str(cell), str(kind)) for cell, kind in sorted(scene.objects.items())]
+    rng.shuffle(kinds)
+    return [Question("place", f"Where is the {kind}?", cell, kind) for cell, kind in kinds]
+
+
 def text_question(rng: random.Random, held: bool) -> Question:
     """A question without a picture: a sum of two digits, or three letters to be turned round.
 
@@ -480,12 +487,12 @@ def write_simple(world: World) -> None:
 
 
 def write_train(world: World) -> None:
-    """The train pictures with a caption and two conversations each, and the rows without a picture."""
+    """The train pictures, described, named, asked for places and in conversations, and rows without one."""
     scenes, drawing, asking = (world.stream("train", purpose) for purpose in ("scenes", "drawing", "asking"))
     pictures = world.folder / "images" / "train"
     pictures.mkdir(parents=True)
-    naming = world.stream("train", "naming")
-    transcripts, captions, named, instructions = [], [], [], []
+    naming, placing = world.stream("train", "naming"), world.stream("train", "placing")
+    transcripts, captions, named, placed, instructions = [], [], [], [], []
     for number in range(world.sizes.train):
         scene = sign_scene(scenes, held=False) if scenes.random() < 1 / 3 else object_scene(scenes)
         name = f"train_{number:06d}"
@@ -494,6 +501,8 @@ def write_train(world: World) -> None:
         transcripts.append(llava_row(name, image, [(TRANSCRIBE, cells(scene))]))
         captions.append(llava_row(name, image, [(DESCRIBE, caption(scene))]))
         named.append(llava_row(name, image, [(NAME, names(scene, naming))]))
+        if scene.objects:
+            placed.append(instruction_row(f"{name}_places", image, places(scene, placing)))
         for which in ("a", "b"):
             instructions.append(instruction_row(f"{name}_{which}", image, conversation(scene, asking)))
 
@@ -506,6 +515,7 @@ def write_train(world: World) -> None:
     save_list(transcripts, world.folder / "train_cells.json")
     save_list(captions, world.folder / "train_captions.json")
     save_list(named, world.folder / "train_names.json")
+    save_list(placed, world.folder / "train_places.json")
     save_list(instructions, world.folder / "train_instructions.json")
 
 

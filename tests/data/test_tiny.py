@@ -236,6 +236,25 @@ def test_each_thing_is_named_in_random_order(world: Path) -> None:
     assert in_order < SMALL.train / 2
 
 
+def test_places_are_asked_of_every_object(world: Path) -> None:
+    rows = load(world / "train_places.json")
+    asked_of = {row["image"] for row in rows}
+    orders = set()
+    for row in rows:
+        objects, _, _ = look(world / row["image"])
+        pairs = {
+            f"Where is the {colour} {shape}?": f"row {row} column {column}"
+            for (row, column), (shape, colour) in objects.items()
+        }
+        assert dict(briefly(row)) == pairs and len(briefly(row)) == len(pairs)
+        answers = [answer for _, answer in briefly(row)]
+        orders.add(answers == sorted(answers))
+    assert orders == {True, False}
+    for row in load(world / "train_captions.json"):
+        objects, _, _ = look(world / row["image"])
+        assert bool(objects) == (row["image"] in asked_of)
+
+
 def test_each_conversation_asks_about_every_thing_once(world: Path) -> None:
     rows = load(world / "train_instructions.json")
     pictured = [row for row in rows if "image" in row]

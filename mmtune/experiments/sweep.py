@@ -99,9 +99,10 @@ def _points(options: SweepOptions) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and changes of each run, but for seeds."""
     for name, changes in options.runs.items():
         yield name, dict(changes)
+    words = _short_keys(list(options.grid))
     for values in itertools.product(*options.grid.values()) if options.grid else ():
         chosen = dict(zip(options.grid, values, strict=True))
-        short = "_".join(f"{key.rpartition('.')[2]}{_short(value)}" for key, value in chosen.items())
+        short = "_".join(f"{words[key]}{_short(value)}" for key, value in chosen.items())
         yield short, {key.strip(): value for keys, value in chosen.items() for key in keys.split(",")}
 
 
@@ -204,6 +205,13 @@ def _run_logged(run: RunOptions, options: SweepOptions, suite: Suite, log: Path)
             print(stopped, flush=True)
             os._exit(143)  # by a return the process would take up the next run
     return None
+
+
+def _short_keys(keys: list[str]) -> dict[str, str]:
+    """The last word of each dotted key, or, where two keys end alike, its last two."""
+    last = {key: key.split(".")[-1] for key in keys}
+    alike = {key for key in keys if list(last.values()).count(last[key]) > 1}
+    return {key: "_".join(key.split(".")[-2:]) if key in alike else last[key] for key in keys}
 
 
 def _short(value: Any) -> str:

@@ -50,6 +50,12 @@ def test_a_grid_is_every_combination(world: Path, place: Path) -> None:
         assert run.folder == place / "runs" / "grid" / run.name
 
 
+def test_keys_that_end_alike_are_told_apart(world: Path, place: Path) -> None:
+    grid = {"tune.connector.lr": [1e-3], "tune.language.lr": [1e-4], "seed": [0]}
+    _, runs = read_sweep(sweep_file(world, place, grid))
+    assert [run.name for run in runs] == ["connector_lr0.001_language_lr0.0001_seed0"]
+
+
 def test_several_keys_may_share_a_value(world: Path, place: Path) -> None:
     grid = {"tune.connector.lr, tune.language.lr": [1e-3, 1e-4]}
     _, runs = read_sweep(sweep_file(world, place, grid))

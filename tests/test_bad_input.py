@@ -155,7 +155,7 @@ def print_table() -> None:
                 if kind.then is not None:
                     print("    read rightly" if kind.then(bench) else "    NOT READ RIGHTLY")
                 _, found, message = said.err.partition("mmtune")
-                lines = (found + message).replace(f"{bench.here}/", "").splitlines()
+                lines = (found + message).replace(f"{bench.here}/", "").strip().splitlines()
                 print("\n".join(f"    {line[:240]}" for line in lines if not line.startswith("run: step")))
 
 

@@ -131,7 +131,6 @@ class Source:
         # 010 is 8 in YAML 1.1, and 1:30 is 90.
         if type(value) is int and str(value) != node.value.replace("_", "").lstrip("+"):
             self.fault(key, f"{node.value} would be read as {value}", f"Write {value}, or put it in quotes.")
-            return None
         # YAML 1.1 reads 2e-4 (no dot) as text; everybody who writes it means a number.
         if isinstance(value, str) and getattr(node, "style", None) is None:
             value = _number_or_text(value)
@@ -404,7 +403,7 @@ def _describe(value: Any) -> str:
         return "a mapping"
     if isinstance(value, list):
         return "a list"
-    return f"{value!r}"
+    return repr(value) if isinstance(value, (str, bool, int, float)) else str(value)
 
 
 def _is_number(text: str) -> bool:

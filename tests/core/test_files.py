@@ -10,17 +10,23 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
+from mmtune.core import files
 from mmtune.core.errors import UserError
 from mmtune.core.files import (
     read_json,
     read_jsonl,
     read_text,
+    remove_folder,
+    remove_partials,
     replacing,
+    replacing_folder,
     share,
     shipped,
     write_json,
     write_text,
+    writing,
 )
 
 values: st.SearchStrategy[Any] = st.recursive(
@@ -139,3 +145,89 @@ def test_what_ships_is_found_by_its_name_anywhere(tmp_path: Path, monkeypatch: p
         assert shipped(path) == Path(path)
     write_text(tmp_path / "data" / card, "mine")
     assert shipped(Path("data", card)) == Path("data", card)
+
+
+# ---- Whole, or not at all -------------------------------------------------------------------------------
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    with replacing_folder(folder) as partial:
+        (partial / "inside").mkdir()
+        (partial / "inside" / "file").write_text("text")
+        assert not folder.exists()
+    assert (folder / "inside" / "file").read_text() == "text"
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), replacing_folder(tmp_path / "a") as partial:
+        (partial / "file").write_text("text")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_there_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").write_text("old")
+    with pytest.raises(UserError, match="cannot be written"), replacing_folder(tmp_path / "a"):
+        pass
+    assert [path.read_text() for path in tmp_path.rglob("file")] == ["old"]
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut keeps what was synced and may lose anything else, a name before the content behind it."""
+    done: list[str] = []
+
+    def tell(owner: Any, name: str, said: str, which: int) -> None:
+        plain = getattr(owner, name)
+
+        def told(*paths: Path) -> None:
+            done.append(f"{said} {Path(paths[which]).name}")
+            plain(*paths)
+
+        monkeypatch.setattr(owner, name, told)
+
+    tell(files, "sync", "sync", 0)
+    tell(os, "rename", "name", 1)
+    tell(os, "replace", "name", 1)
+    write_text(tmp_path / "file", "text")
+    assert done == ["sync .file.partial", "name file", f"sync {tmp_path.name}"]
+    done.clear()
+    with replacing_folder(tmp_path / "folder") as partial:
+        (partial / "inside").write_text("text")
+    assert done == ["sync inside", "sync .folder.partial", "name folder", f"sync {tmp_path.name}"]
+    done.clear()
+    remove_folder(tmp_path / "folder")
+    assert done == ["name .folder.partial", f"sync {tmp_path.name}"]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_leftovers_go(tmp_path: Path) -> None:
+    torn = ("checkpoints/.step-2.partial/training/.state.json.partial", "eval/.results.json.partial")
+    for name in (*torn, "kept"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    remove_partials(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["kept"]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "eval", "kept"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left (os error 28)")],
+    ids=["python", "rust"],
+)
+def test_a_failing_write_says_where_and_why(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(UserError) as caught, writing(tmp_path / "file"):
+        raise error
+    (fault,) = caught.value.faults
+    assert fault.where == str(tmp_path / "file")
+    assert "No space left" in fault.what
+    assert "--resume" in fault.mend
+
+
+def test_a_fault_of_ours_in_a_write_stays_one(tmp_path: Path) -> None:
+    with pytest.raises(SafetensorError), writing(tmp_path / "file"):
+        raise SafetensorError("no such tensor")

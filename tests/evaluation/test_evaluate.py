@@ -312,3 +312,28 @@ def test_gen_kwargs() -> None:
         with pytest.raises(UserError, match="is not understood") as caught:
             parse_gen_kwargs(text)
         assert "--gen_kwargs" in str(caught.value)
+
+
+def test_results_never_stand_beside_the_answers_of_another_model(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation that is stopped has replaced some of the samples already."""
+    evaluate(Path("base"), TASKS[:2], place, limit=2)
+    generate = VisionLanguageModel.generate
+    calls: list[int] = []
+
+    def stop(self: VisionLanguageModel, *args: Any) -> list[list[int]]:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(self, *args)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(VisionLanguageModel, "generate", stop)
+        evaluate(Path("base"), TASKS[:2], place, limit=3)
+    assert not (place / "results.json").exists()
+    assert len(samples(place, TASKS[0])) == 3
+    assert len(samples(place, TASKS[1])) == 2
+    again = evaluate(Path("base"), TASKS[:2], place, limit=2, skip_done=True)
+    assert [len(samples(place, task)) for task in TASKS[:2]] == [2, 2]
+    assert [result["n"] for result in again["results"].values()] == [2, 2]

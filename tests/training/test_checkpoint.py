@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,7 +21,7 @@ from mmtune.parts.fingerprint import model_hash
 from mmtune.run import RunOptions, config_hash
 from mmtune.training.checkpoint import cut_metrics, newest, prune_old
 from mmtune.training.loop import train
-from mmtune.training.meter import Meter
+from mmtune.training.meter import SPEEDS, Meter
 from tests.world import (
     FROZEN,
     FULL,
@@ -44,7 +46,6 @@ TRAIN = {
     "schedule": "cosine",
     "checkpoint": {"every": 2, "keep": 1},
 }
-SPEEDS = {"samples_per_s", "tokens_per_s"}
 
 
 class PowerCut(Exception):
@@ -306,6 +307,45 @@ def test_changed_data_does_not_resume(world: Path, tmp_path: Path, monkeypatch: 
     for run in (options, done):
         with pytest.raises(UserError, match="training data is not what this run was started with"):
             train(run, resume=True)
+
+
+@pytest.mark.parametrize("name", ["optimizer", "tuners"])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_checkpoint_is_named(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: RunOptions, name: str, damage: str
+) -> None:
+    options = run_options(world, tmp_path, "whole", tune=TUNE, train={**TRAIN, "checkpoint": {"every": 2}})
+    train_until(options, 5, monkeypatch)
+    file = options.folder / "checkpoints" / "step-4" / "training" / f"{name}.safetensors"
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        train(options, resume=True)
+    assert f"Remove {file.parents[1]} to go on" in str(caught.value)
+    shutil.rmtree(file.parents[1])
+    train(options, resume=True)
+    assert_same_run(options, whole)
+
+
+def test_checkpoints_alone_are_a_run_too(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = run_options(world, tmp_path, tune=TUNE, train=TRAIN)
+    train_until(options, 3, monkeypatch)
+    (options.folder / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match="config differs"):
+        train(run_options(world, tmp_path, tune=TUNE, train=TRAIN, seed=1))
+
+
+def test_every_random_stream_of_a_stage_starts_from_the_seed(world: Path, tmp_path: Path) -> None:
+    """Or a second stage would depend on whether the first ran in the same process."""
+    drawn: list[tuple[float, ...]] = []
+    for _ in range(2):
+        train(run_options(world, tmp_path / str(len(drawn)), train={"steps": 1}))
+        drawn.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert drawn[0] == drawn[1]
 
 
 def test_metrics_are_cut_back_and_a_torn_line_goes(tmp_path: Path) -> None:

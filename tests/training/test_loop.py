@@ -23,6 +23,7 @@ from mmtune.parts import VisionLanguageModel
 from mmtune.run import RunOptions
 from mmtune.training import loop
 from mmtune.training.loop import train
+from mmtune.tuning.full import FullTuner
 from mmtune.tuning.sculpt import SculptTuner
 from tests.world import (
     FROZEN,
@@ -441,6 +442,75 @@ def test_a_gradient_that_is_no_number_stops_too(
     with pytest.raises(UserError, match="gradient's norm is nan at step 1; the samples were"):
         train(options)
     assert not (options.folder / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_penalty_that_is_no_number_is_named(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    monkeypatch.setattr(FullTuner, "penalty", lambda self: torch.tensor(value))
+    with pytest.raises(UserError, match=f"the penalty on the connector is {value} at step 1; the samples"):
+        train(run_options(world, tmp_path))
+
+
+def test_the_last_good_checkpoint_stays(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of the second of four micro-batches of step 6 is spoilt."""
+    short = {"steps": 8, "micro_batch_size": 2, "checkpoint": {"every": 3, "keep": 1}}
+    options = run_options(world, tmp_path, train=short)
+    whole = run_options(world, tmp_path, "whole", train=short)
+    train(whole)
+    forward = VisionLanguageModel.forward
+    seen: list[Batch] = []
+
+    def spoil(self: VisionLanguageModel, batch: Batch) -> torch.Tensor:
+        seen.append(batch)
+        loss = forward(self, batch)
+        assert isinstance(loss, torch.Tensor)
+        return loss * math.nan if len(seen) == 4 * 5 + 2 else loss
+
+    for resume in (False, True):
+        seen[:] = seen[:12] if resume else []  # it goes on after step 3
+        with monkeypatch.context() as patched, pytest.raises(UserError) as caught:
+            patched.setattr(VisionLanguageModel, "forward", spoil)
+            train(options, resume=resume)
+        (fault,) = caught.value.faults
+        ids = ", ".join(seen[21].sample_ids)
+        assert fault.what == f"the loss is nan at step 6; the samples were {ids}"
+        assert f"The last good checkpoint is {options.folder}/checkpoints/step-3" in fault.mend
+        assert [path.name for path in (options.folder / "checkpoints").iterdir()] == ["step-3"]
+        assert [line["step"] for line in metrics(options.folder)] == [1, 2, 3, 4, 5]
+    train(options, resume=True)
+    assert greatest_difference(trained(options.folder / "final"), trained(whole.folder / "final")) == 0
+
+
+@pytest.mark.parametrize("spoilt", [4, 8], ids=["before a checkpoint", "before the end"])
+def test_weights_that_are_no_numbers_are_not_saved(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: int
+) -> None:
+    options = run_options(world, tmp_path, train={"steps": 8, "checkpoint": {"every": 2, "keep": 1}})
+    step = torch.optim.AdamW.step
+    steps: list[int] = []
+
+    def spoil(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        made = step(self, *args, **kwargs)
+        steps.append(1)
+        if len(steps) == spoilt:
+            self.param_groups[0]["params"][0].data[0] = math.inf
+        return made
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    with pytest.raises(UserError, match=f"1 weights are not finite after step {spoilt}: connector.linear_1"):
+        train(options)
+    assert [path.name for path in (options.folder / "checkpoints").iterdir()] == [f"step-{spoilt - 2}"]
+    assert not (options.folder / "final").exists()
+
+
+def test_not_every_sample_of_a_large_batch_is_named(tmp_path: Path) -> None:
+    empty = torch.empty(0)
+    batch = Batch(empty, empty, empty, sample_ids=tuple(f"s{i}" for i in range(100)))
+    fault = loop._not_finite("the loss is nan at step 7", [batch], tmp_path).faults[0]
+    assert fault.what.endswith("s30, s31 and 68 more")
+    assert "There is no checkpoint" in fault.mend
 
 
 def with_pictures(world: Path, folder: Path, broken: int, missing: int) -> list[dict[str, str]]:

@@ -10,6 +10,7 @@ from typing import Any
 from mmtune.core.errors import UserError
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+SECONDS_OF_GRACE = 20  # Slurm kills 30 seconds after SIGTERM, docker 10
 
 
 class Interrupted(KeyboardInterrupt):
@@ -45,7 +46,7 @@ class Signals:
     ) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        # A signal that went to the data loader's workers too has ended these, and the step with them.
+        # A signal that went to the data loader's workers too may have ended these, and the step with them.
         if self.waiting is not None and isinstance(error, Exception) and not isinstance(error, UserError):
             raise self._interrupted(self.waiting, "") from error
 
@@ -77,8 +78,10 @@ class Signals:
 
 
 def leave_to_parent(worker: int) -> None:
-    """For a worker of the data loader: a terminal sends Ctrl-C to all processes; the parent answers it.
+    """For a worker of the data loader: what is sent to all processes is the parent's to answer.
 
-    Not so SIGTERM, by which the parent itself ends a worker that hangs.
+    A terminal sends Ctrl-C in this way, and a cluster SIGTERM; but by SIGTERM the parent itself ends a worker
+    that hangs, so it is only put off, for as long as a step may take to finish.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_OF_GRACE))

@@ -16,7 +16,7 @@ from mmtune.cli import main
 from mmtune.core.errors import UserError
 from mmtune.parts import VisionLanguageModel
 from mmtune.training.meter import SPEEDS, Meter
-from mmtune.training.signals import Interrupted, Signals
+from mmtune.training.signals import SECONDS_OF_GRACE, Interrupted, Signals, leave_to_parent
 from tests.world import greatest_difference, metrics, run_file, trained
 
 TRAIN = {"steps": 5, "micro_batch_size": 4, "checkpoint": {"every": 2}}
@@ -172,3 +172,13 @@ def test_what_a_waiting_signal_broke_is_no_fault_of_ours(capfd: pytest.CaptureFi
         signals.hold()
         os.kill(os.getpid(), signal.SIGTERM)
         raise UserError("the disk is full")
+
+
+def test_a_worker_outlives_the_step() -> None:
+    """Of a signal that is sent to all processes; but not for ever, or a hanging worker could not be ended."""
+    leave_to_parent(0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+    assert SECONDS_OF_GRACE - 1 <= signal.alarm(0) <= SECONDS_OF_GRACE
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

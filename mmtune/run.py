@@ -235,9 +235,7 @@ class RunOptions:
                     fault(name, f"'{name}' and 'stages' exclude each other")
             if not self.stages:
                 fault("stages", "an empty list")
-        if not self.name or "/" in self.name or self.name.startswith(".") or len(self.name.encode()) > 200:
-            mend = "Take up to 200 letters, without a slash and without a dot in front."
-            fault("name", f"'{self.name}' cannot be the name of a folder", mend)
+        check_name(self.name, fault)
         whole = self.model.base and not any(getattr(self.model, part) for part in PARTS)
         if self.evaluate and self.evaluate.attribution and not whole:
             mend = "Start from model.base alone, or leave attribution out."
@@ -255,6 +253,13 @@ class RunOptions:
             return self.stages
         assert self.data and self.train and self.tune
         return [Stage(self.data, self.train, self.tune, self.replay, self.kl)]
+
+
+def check_name(name: str, fault: Report) -> None:
+    """The faults of a name that a folder is to have."""
+    if not name or "/" in name or name.startswith(".") or len(name.encode()) > 200:
+        mend = "Take up to 200 letters, without a slash and without a dot in front."
+        fault("name", f"'{name}' cannot be the name of a folder", mend)
 
 
 def read_run(path: Path, overrides: list[str] | None = None) -> RunOptions:

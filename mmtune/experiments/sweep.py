@@ -9,20 +9,28 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
+import sys
 import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mmtune.core.config import Report, Source, parse
+from mmtune.core.config import Report, Source, parse, to_dict
 from mmtune.core.errors import Fault, UserError
+from mmtune.core.files import writing
+from mmtune.evaluation.metrics.base import some
 from mmtune.evaluation.protocol import Suite, load_suite
-from mmtune.run import RunOptions, read_run
-from mmtune.training.signals import Signals, leave_to_parent
+from mmtune.run import RunOptions, check_name, deciding, read_run
+from mmtune.training.signals import Signals
+
+OWN = ("base", "logs", "report")  # what a sweep's folder holds beside its runs
+_stopping: list[int] = []  # in a process of a sweep: the signals that came between two runs
 
 
 @dataclass
@@ -54,6 +62,7 @@ class SweepOptions:
     output: Path = Path("runs")
 
     def check(self, fault: Report) -> None:
+        check_name(self.name, fault)
         if bool(self.grid) == bool(self.runs):
             fault("", "give either 'grid' or 'runs'", "A grid holds a list of values for each dotted key.")
         for key, values in self.grid.items():
@@ -76,7 +85,7 @@ def read_sweep(path: Path, overrides: list[str] | None = None) -> tuple[SweepOpt
     runs, faults = [], []
     for name, changes in _points(options):
         file = path.parent / str(changes.pop("run", options.run))
-        settings = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+        settings = [f"{key}={json.dumps(value, default=str)}" for key, value in changes.items()]
         seeded = [(f"{name}_s{seed}", [f"seed={seed}"]) for seed in options.seeds] or [(name, [])]
         for full_name, seed in seeded:
             places = [f"name={full_name}", f"output={options.output / options.name}"]
@@ -92,7 +101,24 @@ def read_sweep(path: Path, overrides: list[str] | None = None) -> tuple[SweepOpt
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise UserError("two points of the grid have the same name", where=path)
+    if own := sorted(set(names) & set(OWN)):
+        raise UserError(
+            f"no run of a sweep can be called {some(own)}",
+            where=path,
+            mend="There lie the sweep's own files.",
+        )
     return options, runs
+
+
+def without_copies(runs: list[RunOptions]) -> tuple[list[RunOptions], list[str]]:
+    """The runs of which no earlier one has the same config and seed, and a line about each of the others."""
+    first: dict[str, RunOptions] = {}
+    lines = []
+    for run in runs:
+        same = first.setdefault(json.dumps(deciding(to_dict(run)), sort_keys=True), run)
+        if same is not run:
+            lines.append(f"{run.name} is the same as {same.name}, so it is not run a second time")
+    return list(first.values()), lines
 
 
 def _points(options: SweepOptions) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -113,14 +139,18 @@ def run_sweep(
 
     signals: as in `train`.
 
-    Raises UserError where the folder of a run holds another run than the sweep asks for; and, once the
-    others are through, for the runs that failed.
+    Of runs with one config and seed the first is run, and the terminal is told. Raises UserError where the
+    folder of a run holds another run than the sweep asks for; and, once the others are through, for the runs
+    that failed.
     """
     from mmtune.evaluation.evaluate import evaluate_suite
     from mmtune.evaluation.report import make_report
     from mmtune.training.folder import open_run
 
     options, runs = read_sweep(path, overrides)
+    runs, copies = without_copies(runs)
+    for line in copies:
+        print(f"mmtune: {line}", file=sys.stderr)
     suite = load_suite(options.suite)
     folder = options.output / options.name
     base = folder / "base"
@@ -128,10 +158,11 @@ def run_sweep(
         open_run(run, resume=True)
     evaluate_suite(options.base, suite, base, options.split, batch_size=options.batch_size)
     if options.jobs == 1:
-        for run in runs:
-            _run_one(run, options, suite, signals)
+        faults = _run_in_turn(runs, options, suite, signals)
     else:
-        _run_side_by_side(runs, options, suite, folder / "logs")
+        faults = _run_side_by_side(runs, options, suite, folder / "logs")
+    if faults:
+        raise UserError.of(faults)
     report = make_report(base, [run.folder for run in runs], suite, options.split, folder / "report")
     if options.choose is None:
         return report
@@ -157,16 +188,30 @@ def _run_one(run: RunOptions, options: SweepOptions, suite: Suite, signals: Sign
     )
 
 
-def _run_side_by_side(runs: list[RunOptions], options: SweepOptions, suite: Suite, logs: Path) -> None:
+def _run_in_turn(
+    runs: list[RunOptions], options: SweepOptions, suite: Suite, signals: Signals | None
+) -> list[Fault]:
+    faults = []
+    for run in runs:
+        try:
+            _run_one(run, options, suite, signals)
+        except UserError as error:
+            print(f"mmtune: {run.name} FAILED", file=sys.stderr)
+            faults.append(Fault(str(error), run.name))
+    return faults
+
+
+def _run_side_by_side(runs: list[RunOptions], options: SweepOptions, suite: Suite, logs: Path) -> list[Fault]:
     """Runs in `jobs` processes, each with its share of the cores, what it prints in logs/NAME.log."""
-    logs.mkdir(parents=True, exist_ok=True)
+    with writing(logs):
+        logs.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the processes when they start
     started = time.monotonic()
     faults = []
     # Spawned, not forked: a process that has used threads cannot be forked safely.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, context, initializer=leave_to_parent, initargs=(0,)) as pool:
+    with ProcessPoolExecutor(options.jobs, context, initializer=_leave_to_parent) as pool:
         waiting: dict[Future[str | None], RunOptions] = {
             pool.submit(_run_logged, run, options, suite, logs / f"{run.name}.log"): run for run in runs
         }
@@ -180,20 +225,34 @@ def _run_side_by_side(runs: list[RunOptions], options: SweepOptions, suite: Suit
                 left = minutes / done * (len(runs) - done)
                 state = "FAILED" if failure else "done"
                 print(f"{done} of {len(runs)}: {name} {state}; about {left:.0f} min left", flush=True)
+        except BrokenProcessPool:
+            raise UserError(
+                "one of the processes was killed, perhaps for want of memory",
+                where=logs,
+                mend="The same command goes on; with fewer jobs it needs less memory.",
+            ) from None
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()  # each writes a checkpoint first
+            pool.shutdown(cancel_futures=True)
             raise
-    if faults:
-        raise UserError.of(faults)
+    return faults
+
+
+def _leave_to_parent() -> None:
+    """For a process of a sweep: Ctrl-C is its parent's to answer, SIGTERM between two runs ends the next."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: _stopping.append(number))
 
 
 def _run_logged(run: RunOptions, options: SweepOptions, suite: Suite, log: Path) -> str | None:
     """`_run_one` in a process of its own. Returns what went wrong, or None."""
     with open(log, "a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         try:
-            with Signals() as signals:
+            # What is sent to all processes comes twice, the second time from the parent.
+            with Signals("the command of the sweep", twice=False) as signals:
+                if _stopping:
+                    return "not begun, since SIGTERM came before"
                 _run_one(run, options, suite, signals)
         except UserError as error:
             print(error)
@@ -202,8 +261,9 @@ def _run_logged(run: RunOptions, options: SweepOptions, suite: Suite, log: Path)
             traceback.print_exc()
             return f"a fault of ours: {error!r}"
         except KeyboardInterrupt as stopped:
-            print(stopped, flush=True)
-            os._exit(143)  # by a return the process would take up the next run
+            print(stopped)
+            _stopping.append(signal.SIGTERM)
+            return str(stopped)
     return None
 
 

@@ -25,11 +25,13 @@ class Signals:
     """A context, for the main thread, in which the signals of NAMES raise Interrupted.
 
     Between `hold` and `release` the first one waits instead, as `waiting`, and only a second one raises.
-    Outside the context nothing is caught. go_on: the command that goes on where this one stops.
+    Outside the context nothing is caught. go_on: the command that goes on where this one stops. twice:
+    whether a second one raises; otherwise it does nothing.
     """
 
-    def __init__(self, go_on: str = "") -> None:
+    def __init__(self, go_on: str = "", twice: bool = True) -> None:
         self.go_on = go_on
+        self.twice = twice
         self.waiting: int | None = None
         self.holding = False
         self.before: dict[int, Any] = {}
@@ -66,11 +68,14 @@ class Signals:
         raise self._interrupted(self.waiting, done)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.waiting is not None and not self.twice:
+            return
         if not self.holding or self.waiting is not None:
             raise self._interrupted(number, "")
         self.waiting = number
         # Not print(): a signal may come in the middle of one.
-        os.write(2, b"\nmmtune: stopping after this step, with a checkpoint; once more stops at once\n")
+        again = b"; once more stops at once" if self.twice else b""
+        os.write(2, b"\nmmtune: stopping after this step, with a checkpoint" + again + b"\n")
 
     def _interrupted(self, number: int, done: str) -> Interrupted:
         said = " ".join(filter(None, ["stopped by", NAMES[signal.Signals(number)], done]))

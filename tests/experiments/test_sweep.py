@@ -1,6 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +15,7 @@ import yaml
 
 from mmtune.cli import main
 from mmtune.core.errors import UserError
-from mmtune.experiments.sweep import read_sweep
+from mmtune.experiments.sweep import read_sweep, without_copies
 from tests.world import FULL, LORA, run_file
 
 
@@ -126,6 +132,12 @@ def test_nothing_is_chosen_on_test_and_every_faulty_run_is_named(world: Path, pl
         read_sweep(sweep_file(world, place, {"seed": [0]}, run=None))
     with pytest.raises(UserError, match="a seed is given twice"):
         read_sweep(sweep_file(world, place, {}, runs={"a": {}}, seeds=[1, 1]))
+    with pytest.raises(UserError, match="'a/b' cannot be the name of a folder"):
+        read_sweep(sweep_file(world, place, {"seed": [0]}, name="a/b"))
+    with pytest.raises(UserError, match="no run of a sweep can be called base, report"):
+        read_sweep(sweep_file(world, place, {}, runs={"report": {}, "fine": {}, "base": {"seed": 1}}))
+    with pytest.raises(UserError, match="expected a whole number, found '2026-01-01'"):
+        read_sweep(sweep_file(world, place, {"train.steps": [date(2026, 1, 1)]}))
     runs = {"a": {"tune.language.ranc": 1}, "b": {"train.clip": -1}, "c": {}}
     with pytest.raises(UserError) as caught:
         read_sweep(sweep_file(world, place, {}, runs=runs, seeds=[0, 1]))
@@ -152,3 +164,76 @@ def test_side_by_side_gives_the_same_and_one_failure_stops_no_other(
         ]
         assert results[0]["results"] == results[1]["results"]
         assert results[0]["model_hash"] == results[1]["model_hash"]
+
+
+def test_runs_of_one_config_and_seed_are_run_once(world: Path, place: Path) -> None:
+    runs = {"a": {"tune.language.lr": 0.002}, "b": {"train.log_every": 3}, "c": {"tune.language.lr": 2e-3}}
+    _, read = read_sweep(sweep_file(world, place, {}, runs={**runs, "same": {}}, seeds=[0, 1]))
+    kept, lines = without_copies(read)
+    assert [run.name for run in kept] == ["a_s0", "a_s1", "b_s0", "b_s1"]
+    assert [line.split(",")[0] for line in lines] == [
+        f"{copy}_s{seed} is the same as {first}_s{seed}"
+        for copy, first in (("c", "a"), ("same", "b"))
+        for seed in (0, 1)
+    ]
+
+
+def test_one_after_the_other_a_failure_stops_no_other(
+    world: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = {"bad": {"tune.language.targets": ["nowhere"]}, "good": {"seed": 0}, "copy": {"seed": 0}}
+    assert main(["sweep", str(sweep_file(world, place, {}, runs=runs))]) == 2
+    said = capsys.readouterr().err
+    assert "bad FAILED" in said and "'nowhere' is no" in said and "Traceback" not in said
+    assert "copy is the same as good" in said
+    folder = place / "runs" / "grid"
+    assert (folder / "good" / "eval" / "tiny-val" / "results.json").is_file()
+    assert not (folder / "copy").exists()
+
+
+SIGNALLED = """
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from mmtune.experiments import sweep
+from mmtune.training.signals import Signals
+
+here = Path(sys.argv[1])
+
+def train(run, options, suite, signals):
+    signals.hold()
+    (here / f"{run.name} trains").touch()
+    while signals.waiting is None:
+        time.sleep(0.01)
+    time.sleep(run.seconds)
+    (here / f"{run.name} saved").touch()
+    signals.stop("with a checkpoint")
+
+sweep._run_one = train
+if __name__ == "__main__":
+    runs = [SimpleNamespace(name=name, seconds=i % 2) for i, name in enumerate("abcd")]
+    with Signals("mmtune sweep"):
+        sweep._run_side_by_side(runs, SimpleNamespace(jobs=2), None, here / "logs")
+"""
+
+
+@pytest.mark.parametrize("everyone", [True, False], ids=["to all processes", "to the parent"])
+def test_by_sigterm_each_run_saves_a_checkpoint_and_no_other_begins(tmp_path: Path, everyone: bool) -> None:
+    """A cluster sends it to all; the parent sends it on, so that the others then get it twice."""
+    script = tmp_path / "script.py"
+    script.write_text(SIGNALLED)
+    began = [sys.executable, str(script), str(tmp_path)]
+    sweep = subprocess.Popen(began, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    try:
+        until = time.monotonic() + 120
+        while not all((tmp_path / f"{name} trains").exists() for name in "ab"):
+            assert sweep.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        (os.killpg if everyone else os.kill)(sweep.pid, signal.SIGTERM)
+        said = sweep.communicate(timeout=120)[1]
+    finally:
+        if sweep.poll() is None:
+            os.killpg(sweep.pid, signal.SIGKILL)
+    assert "stopped by SIGTERM; go on with\n    mmtune sweep" in said
+    assert all((tmp_path / f"{name} saved").exists() for name in "ab"), said
+    assert not any((tmp_path / f"{name} trains").exists() for name in "cd")

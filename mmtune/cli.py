@@ -89,7 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--suite", help="the name of a suite, or a YAML file of your own")
     evaluate.add_argument("--split", help="of every task (default: each task's own reporting split)")
     evaluate.add_argument(
-        "--restore", choices=PARTS, help="put this part back as it is in the base: what sits in it?"
+        "--restore",
+        choices=PARTS,
+        action="append",
+        help="put this part back as it is in the base: what sits in it?",
     )
     evaluate.add_argument(
         "--base", type=Path, help="the model that this one was trained from (default: where its run says)"
@@ -159,19 +162,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _count(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
     try:
         number = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a whole number, found '{text}'") from None
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, found {text}")
-    return number
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"expected 0 or more, found {text}")
+    if number < least:
+        raise argparse.ArgumentTypeError(f"expected {least} or more, found {text}")
     return number
 
 
@@ -233,6 +237,8 @@ def _eval(options: argparse.Namespace) -> None:
     from mmtune.evaluation.evaluate import evaluate, parse_gen_kwargs, print_results
     from mmtune.evaluation.protocol import load_suite
 
+    if len(options.restore or []) > 1:
+        raise UserError("it is given more than once", where="--restore", mend="Put back one part at a time.")
     made = evaluate(
         options.model,
         load_suite(options.suite).tasks if options.suite else options.tasks.split(","),
@@ -246,7 +252,7 @@ def _eval(options: argparse.Namespace) -> None:
         seed=options.seed,
         predict_only=options.predict_only,
         skip_done=options.skip_done,
-        restore=options.restore,
+        restore=options.restore[0] if options.restore else None,
         base=options.base,
     )
     if not options.predict_only:

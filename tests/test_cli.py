@@ -192,6 +192,11 @@ def mistakes(world: Path, empty: Path) -> dict[str, tuple[list[object], str]]:
         ),
         "no base": (["eval", "--model", "base", *tasks, *out, "--restore", "language"], "no trained.json"),
         "no such part": (["eval", "--model", "base", *tasks, *out, "--restore", "tower"], "invalid choice"),
+        "two parts": (
+            ["eval", "--model", "base", *tasks, *out, "--restore", "language", "--restore", "connector"],
+            "one part at a time",
+        ),
+        "no count": (["check", run, "--pictures", "all"], "expected a whole number, found 'all'"),
         "both": (
             ["eval", "--model", "base", *tasks, *out, "--predict_only", "--skip_done"],
             "not allowed with",

@@ -26,6 +26,7 @@ from mmtune.core.errors import Fault, UserError
 from mmtune.core.files import writing
 from mmtune.evaluation.metrics.base import some
 from mmtune.evaluation.protocol import Suite, load_suite
+from mmtune.parts.fingerprint import model_hash, start_hash
 from mmtune.run import RunOptions, check_name, deciding, read_run
 from mmtune.training.signals import Signals
 
@@ -140,8 +141,8 @@ def run_sweep(
     signals: as in `train`.
 
     Of runs with one config and seed the first is run, and the terminal is told. Raises UserError where the
-    folder of a run holds another run than the sweep asks for; and, once the others are through, for the runs
-    that failed.
+    folder of a run holds another run than the sweep asks for, or a run starts from another model than the
+    sweep's base; and, once the others are through, for the runs that failed.
     """
     from mmtune.evaluation.evaluate import evaluate_suite
     from mmtune.evaluation.report import make_report
@@ -156,6 +157,7 @@ def run_sweep(
     base = folder / "base"
     for run in runs:  # what cannot go on is said before anything trains
         open_run(run, resume=True)
+    _check_bases(runs, options)
     evaluate_suite(options.base, suite, base, options.split, batch_size=options.batch_size)
     if options.jobs == 1:
         faults = _run_in_turn(runs, options, suite, signals)
@@ -168,6 +170,23 @@ def run_sweep(
         return report
     best = max(report["groups"], key=lambda group: group[options.choose]["mean"])
     return {**report, "best": best["label"]}
+
+
+def _check_bases(runs: list[RunOptions], options: SweepOptions) -> None:
+    """Raises UserError for runs that the report at the end would refuse."""
+    base = model_hash(options.base)
+    faults = []
+    for run in runs:
+        start = start_hash(run.model)
+        if start not in (None, base):
+            what = f"it starts from model {start} ({run.model.base}), but the sweep's base is model {base}"
+            faults.append(Fault(what, run.name, f"Give both the same model: {options.base}, or the run's."))
+        if start is None and options.attribution:
+            what = "there is no base model whose parts could be put back"
+            mend = "Start it from model.base alone, or leave the sweep's attribution out."
+            faults.append(Fault(what, run.name, mend))
+    if faults:
+        raise UserError.of(faults)
 
 
 def _run_one(run: RunOptions, options: SweepOptions, suite: Suite, signals: Signals | None) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,6 +177,22 @@ def test_runs_of_one_config_and_seed_are_run_once(world: Path, place: Path) -> N
         for copy, first in (("c", "a"), ("same", "b"))
         for seed in (0, 1)
     ]
+
+
+def test_runs_that_the_report_would_refuse_are_told_of_first(
+    world: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(world / "base", place / "other")
+    (other / "language" / "note.txt").write_text("This makes it another model.")
+    runs: dict[str, Any] = {"same": {}, "other": {"model.base": str(other)}}
+    assert main(["sweep", str(sweep_file(world, place, {}, runs=runs))]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("mmtune: other: it starts from model") and "but the sweep's base is" in said
+    vision = {"tower": "clip", "weights": str(world / "base" / "vision"), "layer": -1}
+    runs = {"made": {"model": {"base": str(world / "base"), "vision": vision}}}
+    assert main(["sweep", str(sweep_file(world, place, {}, runs=runs, attribution=True))]) == 2
+    assert "no base model whose parts could be put back" in capsys.readouterr().err
+    assert not (place / "runs" / "grid" / "base").exists()
 
 
 def test_one_after_the_other_a_failure_stops_no_other(

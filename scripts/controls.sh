@@ -19,4 +19,3 @@ source scripts/venv.sh
 
 mmtune data prepare tiny
 mmtune sweep scripts/tiny/controls.yaml "jobs=$jobs"
-mmtune sweep scripts/tiny/controls_letters.yaml "jobs=$jobs"

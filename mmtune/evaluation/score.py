@@ -19,7 +19,7 @@ from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, read_jsonl, read_text
 from mmtune.core.table import nearest
 from mmtune.evaluation.metrics import FORMATS
-from mmtune.evaluation.metrics.base import Question, Rule, TaskScore, clustered_stderr, some
+from mmtune.evaluation.metrics.base import OverAll, Question, Rule, TaskScore, clustered_stderr, some
 
 
 class Protocol(Structure):
@@ -69,9 +69,9 @@ def read_questions(protocol: Protocol, annotations: Path) -> list[Question]:
     return questions
 
 
-def find_rule(protocol: Protocol, rule: str | None = None) -> tuple[str, Rule]:
+def find_rule(protocol: Protocol, rule: str | None = None) -> tuple[str, Rule | OverAll]:
     """The rule asked for, or the protocol's own, and its name. Raises UserError that lists the known ones."""
-    rules: dict[str, Rule] = FORMATS.load(protocol.format).RULES
+    rules: dict[str, Rule | OverAll] = FORMATS.load(protocol.format).RULES
     name = protocol.rule if rule is None else rule
     if name not in rules:
         raise UserError(
@@ -91,7 +91,7 @@ def score_predictions(
     Missing predictions count as wrong. Raises UserError for an id that is no question's, and where there
     are no questions.
     """
-    name, score = find_rule(protocol, rule)
+    name, found = find_rule(protocol, rule)
     if not questions:
         raise UserError(
             "no questions to score", where=f"task {protocol.task}", mend="Is this the right annotation file?"
@@ -102,6 +102,7 @@ def score_predictions(
             f"predictions for ids that are not in the annotation file: {some(sorted(unknown))}",
             mend="Score against the file that the predictions were made for.",
         )
+    score = found.prepare(questions) if isinstance(found, OverAll) else found
     per_question: list[dict[str, Any]] = [
         {
             "question_id": question.id,
@@ -118,16 +119,19 @@ def score_predictions(
     if missing:
         share = f"{len(missing)} of {len(questions)}"
         warnings.append(f"{share} questions have no prediction and count as wrong: {some(missing)}")
+    scorer = FORMATS.load(protocol.format)
     return TaskScore(
         task=protocol.task,
         rule=name,
-        metric=FORMATS.load(protocol.format).METRIC,
+        metric=scorer.METRIC,
         score=_points(scores),
         stderr=None if stderr is None else 100 * stderr,
         n=len(questions),
         missing=len(missing),
         per_question=per_question,
         by_category=_by_category(questions, scores),
+        unit=getattr(scorer, "UNIT", "%"),
+        also=scorer.also(questions, predictions, name, scores) if hasattr(scorer, "also") else {},
         warnings=tuple(warnings),
     )
 

@@ -5,7 +5,8 @@ from mmtune.evaluation.metrics import exact, gqa, iconqa, vqa
 
 __all__ = ["FORMATS", "exact", "gqa", "iconqa", "vqa"]
 
-# Each entry is a module: read(path, **options) -> questions, RULES (name -> rule), METRIC.
+# Each entry is a module: read(path, **options) -> questions, RULES (name -> rule), METRIC; and, where it has
+# them, UNIT (of a point, by default "%") and also(questions, predictions, rule, scores) -> further figures.
 FORMATS = Table(
     "annotation format",
     {

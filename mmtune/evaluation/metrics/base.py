@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,19 @@ class Question:
 
 
 Rule = Callable[[Question, str], float]
-"""Scores one prediction: a number in [0, 1]."""
+"""Scores one prediction: a number in [0, 1], but for CIDEr, which goes up to 10."""
+
+
+@dataclass(frozen=True)
+class OverAll:
+    """A rule that has to see all questions first: CIDEr weighs words by their rarity in the references."""
+
+    prepare: Callable[[Sequence[Question]], Rule]
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """The score of a file of predictions. Points are out of 100."""
+    """The score of a file of predictions, in points: 100 times the mean over its questions."""
 
     task: str
     rule: str
@@ -55,6 +63,10 @@ class TaskScore:
     """In the annotation file's order: question_id, prediction (None: missing), score (0 to 1), cluster."""
     by_category: dict[str, dict[str, float]]
     """Category -> {"score": points, "n": questions}."""
+    unit: str = "%"
+    """What a point is: "%", or "CIDEr x 100"."""
+    also: dict[str, Any] = dataclass_field(default_factory=dict)
+    """Further figures of the same predictions that go with the score (precision, BLEU), ready for JSON."""
     warnings: tuple[str, ...] = ()
     """What whoever prints the score must say beside it."""
 
@@ -68,7 +80,9 @@ class TaskScore:
             "stderr": self.stderr,
             "n": self.n,
             "missing": self.missing,
+            "unit": self.unit,
             "by_category": self.by_category,
+            **({"also": self.also} if self.also else {}),
         }
 
 

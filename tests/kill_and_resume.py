@@ -8,8 +8,8 @@ at a moment drawn from its whole life or at a chosen place (KINDS). A fault is a
 write on: the run must end with exit code 2 and one message, and go on once there is room. All runs are forks
 of one process that has imported everything and computed nothing, so a start costs little.
 
-Compared is every byte of every file, but for what tells the time: the speeds in metrics.jsonl and the date in
-results.json. Exit code 1 where anything differs.
+Compared is every byte of every file, but for what tells the time: the speeds in metrics.jsonl, and the date and
+seconds in results.json. Exit code 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -328,6 +328,7 @@ def told(folder: Path) -> str:
 
 def contents(run: Path) -> dict[str, bytes]:
     """Each file of a run without what tells the time."""
+    from mmtune.evaluation.results import TIMES
     from mmtune.training.meter import SPEEDS
 
     found = {}
@@ -337,7 +338,7 @@ def contents(run: Path) -> dict[str, bytes]:
             lines = [json.loads(line) for line in data.splitlines()]
             data = json.dumps([{k: v for k, v in line.items() if k not in SPEEDS} for line in lines]).encode()
         if path.name == "results.json":
-            data = json.dumps({k: v for k, v in json.loads(data).items() if k != "date"}).encode()
+            data = json.dumps({k: v for k, v in json.loads(data).items() if k not in TIMES}).encode()
         found[str(path.relative_to(run))] = data
     return found
 

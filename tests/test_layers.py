@@ -19,7 +19,8 @@ parts.language parts.model
 tuning.base tuning.penalty tuning.frozen tuning.full tuning.lora tuning.sculpt tuning.kl
 evaluation.metrics.base evaluation.metrics.vqa evaluation.metrics.iconqa evaluation.metrics.gqa
 evaluation.metrics.exact evaluation.metrics evaluation.score evaluation.protocol evaluation.generate
-evaluation.restore evaluation.evaluate evaluation.forgetting evaluation.attribution evaluation.answers
+evaluation.restore evaluation.results evaluation.evaluate evaluation.forgetting
+evaluation.attribution evaluation.answers
 evaluation.terminal evaluation.frontier evaluation.examples evaluation.page evaluation.report
 run
 training.folder training.plan training.optim training.checkpoint training.meter training.signals

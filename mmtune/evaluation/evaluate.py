@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ from mmtune.core.versions import versions
 from mmtune.evaluation.metrics.base import some
 from mmtune.evaluation.protocol import Suite, load_protocol
 from mmtune.evaluation.restore import check_restorable, find_base
+from mmtune.evaluation.results import run_header, sample_rows, samples_hash, task_row
 from mmtune.evaluation.score import score_predictions
 from mmtune.parts.fingerprint import changed_parts, model_hash
 
@@ -59,6 +61,7 @@ def evaluate(
         raise UserError(
             "this is a file, no folder for results", where=output, mend="Give another --output_path."
         )
+    began = time.perf_counter()
     protocols = [load_protocol(task) for task in tasks]
     asked = [(protocol, *protocol.questions(split, root)) for protocol in protocols]
     if restore is not None:
@@ -67,8 +70,10 @@ def evaluate(
     results: dict[str, Any] = {}
     made: dict[str, Any] = {
         "results": results,
+        **run_header(model_folder, protocols, batch_size, limit, max_new_tokens, dtype, seed, restore),
         "configs": {p.task: {**to_dict(p), "hash": p.hash} for p in protocols},
         "data": {p.task: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for p, _, file in asked},
+        "images": {p.task: str(((root or p.root) / p.images).resolve()) for p in protocols},
         "model": str(model_folder),
         "model_hash": model_hash(model_folder),
         "restored": restore,
@@ -83,7 +88,7 @@ def evaluate(
         "precision": dtype,
         "seed": seed,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
+        "environment": versions(),
     }
     earlier = _finished(output, made) if skip_done and not predict_only else None
     if earlier is not None:
@@ -95,11 +100,12 @@ def evaluate(
 
     instead = {restore: base} if restore and base else {}
     model = VisionLanguageModel.from_pretrained(model_folder, dtype=dtype, instead=instead).to(best_device())
+    made["config"]["device"] = best_device().type
     # Gone before the first samples are replaced, back after the last: the two never belong to two models.
     with writing(output / "results.json", "removed"):
         (output / "results.json").unlink(missing_ok=True)
-    for protocol, questions, _ in asked:
-        questions = questions[:limit]
+    for protocol, every, _ in asked:
+        questions = every[:limit]
         images = (root or protocol.root) / protocol.images
         answers = generate_answers(model, protocol, questions, images, batch_size, max_new_tokens)
         prompts = {question.id: protocol.turns(question)[0].text for question in questions}
@@ -109,14 +115,14 @@ def evaluate(
             ]
         else:
             score = score_predictions(questions, answers, protocol)
-            results[protocol.task] = {k: v for k, v in score.summary().items() if k != "task"}
-            targets = {question.id: list(question.answers) for question in questions}
-            rows = [
-                {**row, "prompt": prompts[row["question_id"]], "target": targets[row["question_id"]]}
-                for row in score.per_question
-            ]
+            rows = sample_rows(questions, score, prompts)
+            results[protocol.task] = task_row(score)
+            made["higher_is_better"][protocol.task] = {score.metric: True}
+            made["n-samples"][protocol.task] = {"original": len(every), "effective": len(questions)}
+            made["task_hashes"][protocol.task] = samples_hash(rows)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text(output / f"samples_{protocol.task}.jsonl", lines)
+    made["total_evaluation_time_seconds"] = f"{time.perf_counter() - began:.1f}"
     if not predict_only:
         write_json(output / "results.json", made)
     return made
@@ -153,7 +159,8 @@ def _finished(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     found: dict[str, Any] = read_json(output / "results.json")
     hashes = [{task: config["hash"] for task, config in each["configs"].items()} for each in (found, wanted)]
     decides = ("model_hash", "restored", "base_hash", "data", "splits", "limit", "decoding", "precision")
-    same = hashes[0] == hashes[1] and all(found.get(key) == wanted[key] for key in decides)
+    # Results without their pictures' folders are of an older mmtune, whose samples lack them too.
+    same = "images" in found and hashes[0] == hashes[1] and all(found.get(k) == wanted[k] for k in decides)
     return found if same else None
 
 

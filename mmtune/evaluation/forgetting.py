@@ -103,7 +103,11 @@ def read_evaluation(folder: Path, tasks: Sequence[str]) -> Evaluation:
         splits={task: field(splits, task, str, f"{path}, splits") for task in tasks},
         model_hash=field(results, "model_hash", str, str(path)),
         model=field(results, "model", str, str(path)),
-        made_with={key: results.get(key) for key in ("versions", "precision", "batch_size", "padding")},
+        made_with={
+            # Before `versions` was of protocols, as lmms-eval has it, it was of packages.
+            "versions": results.get("environment", results.get("versions")),
+            **{key: results.get(key) for key in ("precision", "batch_size", "padding")},
+        },
         limit=results.get("limit"),
         decoding=results.get("decoding", {}),
         restored=results.get("restored"),

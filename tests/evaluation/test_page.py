@@ -130,7 +130,7 @@ def test_nothing_a_model_or_a_file_says_becomes_markup(tmp_path: Path) -> None:
             row |= {"prediction": HOSTILE + "\0", "prompt": HOSTILE, "target": [HOSTILE]}
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for path in folder.rglob("results.json"):
-        path.write_text(json.dumps({**json.loads(path.read_text()), "versions": {"torch": HOSTILE}}))
+        path.write_text(json.dumps({**json.loads(path.read_text()), "environment": {"torch": HOSTILE}}))
     report = make_report(base, runs, TINY, "test", folder / "out")
     text = (folder / "out" / "report.html").read_text()
     page = Elements(text)

@@ -115,7 +115,7 @@ def test_missing_predictions_and_other_circumstances_are_warned_of(tmp_path: Pat
     path = runs[1] / "eval" / "tiny-test" / "results.json"
     results = json.loads(path.read_text())["results"]
     results["tiny_place"]["missing"] = 3
-    rewrite(path, results=results, precision="bfloat16", versions={"torch": "2.12"})
+    rewrite(path, results=results, precision="bfloat16", environment={"torch": "2.12"})
     report = make_report(base, runs, TINY, "test", tmp_path / "out")
     assert report["warnings"] == [
         "lorasculpt_s0, tiny_place: 3 of 200 questions have no prediction and count as wrong",

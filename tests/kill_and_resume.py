@@ -8,8 +8,8 @@ at a moment drawn from its whole life or at a chosen place (KINDS). A fault is a
 write on: the run must end with exit code 2 and one message, and go on once there is room. All runs are forks
 of one process that has imported everything and computed nothing, so a start costs little.
 
-Compared is every byte of every file, but for what tells the time: the speeds in metrics.jsonl, and the date and
-seconds in results.json. Exit code 1 where anything differs.
+Compared is every byte of every file, but for what tells the time: the speeds in metrics.jsonl, and the date
+and seconds in results.json. Exit code 1 where anything differs.
 """
 
 from __future__ import annotations

@@ -19,7 +19,9 @@ parts.language parts.model
 tuning.base tuning.penalty tuning.frozen tuning.full tuning.lora tuning.sculpt tuning.kl
 evaluation.metrics.base evaluation.metrics.vqa evaluation.metrics.iconqa evaluation.metrics.gqa
 evaluation.metrics.exact evaluation.metrics evaluation.score evaluation.protocol evaluation.generate
-evaluation.restore evaluation.results evaluation.evaluate evaluation.forgetting
+evaluation.restore evaluation.results evaluation.evaluate
+evaluation.significance
+evaluation.forgetting
 evaluation.attribution evaluation.answers
 evaluation.terminal evaluation.frontier evaluation.examples evaluation.page evaluation.report
 run

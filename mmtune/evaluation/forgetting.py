@@ -14,14 +14,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist, fmean, stdev
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from mmtune.core.errors import Fault, UserError
 from mmtune.core.files import read_json, read_jsonl
 from mmtune.evaluation.metrics.base import clustered_stderr, field, some
+from mmtune.evaluation.significance import Z95
 
-Z95 = NormalDist().inv_cdf(0.975)
 NO_DIFFERENCE = ("name", "seed", "output", "evaluate")  # keys of a config by which no group differs
 SUMMARIES = ("source", "target", "mean", "harmonic_mean", "o_mean")
 

@@ -50,7 +50,7 @@ def generate_answers(
         for start in range(0, len(order), batch_size):
             asked = order[start : start + batch_size]
             batch = pad([prompts[question.id] for question in asked], model.language.pad_id, left=True)
-            paths = [inside(image_root, question.image) for question in asked if question.image]
+            paths = [inside(image_root, image) for question in asked for image in question.images]
             batch.images = load_images(paths, model.transform)
             produced = model.generate(batch.to(device), max_new_tokens or protocol.max_new_tokens)
             for question, ids in zip(asked, produced, strict=True):

@@ -28,7 +28,8 @@ PLACEHOLDERS = ("question", "choices", "options")
 class Protocol:
     """A benchmark.
 
-    prompt: {question}, {choices} (texts with commas between) and {options} (lines `A. text`) are filled in.
+    prompt: {question}, {choices} (texts with commas between) and {options} (lines `A. text`, or `A. <image>`
+    where options are pictures) are filled in.
     annotations: the annotation file of each split; images: the pictures' folder; both relative to the
     data's root. report_split: the split whose score is reported: the test split, or the validation split
     where the test answers are not public. options: further arguments of the format's reader, in which
@@ -100,18 +101,24 @@ class Protocol:
     def turns(self, question: Question) -> list[Turn]:
         """What the model is asked: the picture, if there is one, and the filled-in prompt.
 
-        Raises UserError for a question whose own text holds `<image>`: there is no picture for that one.
+        An option that is a picture stands as `A. <image>`. Raises UserError for a question whose own text
+        holds `<image>`: there is no picture for that one; and where a picture would not be shown.
         """
-        lettered = zip(ascii_uppercase, question.choices, strict=False)
-        options = "\n".join(f"{letter}. {text}" for letter, text in lettered)
-        text = self.prompt.format(
-            question=question.text, choices=", ".join(question.choices), options=options
-        )
-        if IMAGE in text:
+        where = f"task {self.task}, question {question.id}"
+        if any(IMAGE in text for text in (self.prompt, question.text, *question.choices)):
             raise UserError(
                 f"its text holds {IMAGE}, which stands for a picture",
-                where=f"task {self.task}, question {question.id}",
+                where=where,
                 mend="Spell it in another way in the annotation file.",
+            )
+        shown = [IMAGE] * len(question.choice_images) or question.choices
+        options = "\n".join(f"{mark}. {text}" for mark, text in zip(ascii_uppercase, shown, strict=False))
+        text = self.prompt.format(question=question.text, choices=", ".join(shown), options=options)
+        if text.count(IMAGE) != len(question.choice_images):
+            raise UserError(
+                f"{text.count(IMAGE)} of its options' {len(question.choice_images)} pictures would be shown",
+                where=where,
+                mend="Where options are pictures, the prompt shows them by {options}, once.",
             )
         return [Turn("user", f"{IMAGE}\n{text}" if question.image else text)]
 

@@ -203,7 +203,7 @@ def _check_evaluation(options: EvaluateOptions) -> None:
             faults += error.faults
             continue
         folder = (options.root or protocol.root) / protocol.images
-        named = {question.image for question in questions[: options.limit] if question.image}
+        named = {image for question in questions[: options.limit] for image in question.images}
         missing = sorted(image for image in named if not (folder / image).is_file())
         if missing:
             what = f"{len(missing)} of {len(named)} pictures are missing, such as {folder / missing[0]}"

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from shutil import copyfile
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from mmtune.core.errors import UserError
 from mmtune.data.image import load_image
 from mmtune.evaluation.generate import generate_answers
+from mmtune.evaluation.metrics.base import Question
 from mmtune.evaluation.protocol import load_protocol
 from mmtune.parts import VisionLanguageModel
 
@@ -42,6 +45,45 @@ def test_answers_are_those_of_one_question_at_a_time_without_a_cache(
                 if pictures:
                     features = model.connector(model.vision(torch.stack(pictures)))
                     embeddings[row < 0] = features.flatten(0, 1)
+                token = int(model.language.hf(inputs_embeds=embeddings).logits[0, -1].argmax())
+                if token == model.language.tokenizer.eos_token_id:
+                    break
+                said.append(token)
+        text = str(model.language.tokenizer.decode(said, skip_special_tokens=True)).strip()
+        assert answers[question.id] == text
+
+
+def test_a_question_sees_its_options_pictures_in_order(
+    world: Path, model: VisionLanguageModel, tmp_path: Path
+) -> None:
+    """Questions with two to four pictures in a batch, against the logits after each question by itself."""
+    found = sorted((world / "datasets" / "tiny").rglob("*.png"))[:12]
+    protocol = load_protocol("iconqa_choose_img")
+    questions = []
+    for i, count in enumerate((1, 3, 2, 1)):
+        names = tuple(f"{i}/{name}.png" for name in ("image", *range(count)))
+        (tmp_path / str(i)).mkdir()
+        for place, picture in zip(names, found[3 * i :], strict=False):
+            copyfile(picture, tmp_path / place)
+        options = names[1:]
+        questions.append(
+            Question(str(i), "Which?", (options[0],), names[0], str(i), options, options, answer_index=0)
+        )
+    answers = generate_answers(model, protocol, questions, tmp_path, 3, max_new_tokens=4)
+    swapped = [replace(question, choice_images=question.choice_images[::-1]) for question in questions]
+    assert generate_answers(model, protocol, swapped, tmp_path, 3, max_new_tokens=4) != answers
+    for question in questions:
+        pictures = torch.stack(
+            [torch.from_numpy(model.transform(load_image(tmp_path / name))) for name in question.images]
+        )
+        ids = model.chat.prompt(protocol.turns(question))
+        said: list[int] = []
+        with torch.no_grad():
+            features = model.connector(model.vision(pictures)).flatten(0, 1)
+            while len(said) < 4:
+                row = torch.tensor([ids + said])
+                embeddings = model.language.embed(row.clamp_min(0))
+                embeddings[row < 0] = features
                 token = int(model.language.hf(inputs_embeds=embeddings).logits[0, -1].argmax())
                 if token == model.language.tokenizer.eos_token_id:
                     break

@@ -34,6 +34,19 @@ def test_prompts_are_those_of_the_benchmarks() -> None:
     assert load_protocol("tiny_text").turns(without)[0].text == "How many?\nAnswer briefly."
 
 
+def test_options_that_are_pictures_stand_where_they_are_shown() -> None:
+    question = replace(QUESTION, choice_images=("a.png", "b.png"))
+    [turn] = load_protocol("iconqa_choose_img").turns(question)
+    assert turn.text.startswith("<image>\nHow many?\nA. <image>\nB. <image>\nAnswer with the option's letter")
+    for prompt, shown in (("{question}", 0), ("{options} {options}", 4)):
+        with pytest.raises(UserError, match=f"question 7: {shown} of its options' 2 pictures") as caught:
+            replace(load_protocol("iconqa_choose_img"), prompt=prompt).turns(question)
+        assert "{options}, once" in str(caught.value)
+    for wrong in (replace(QUESTION, text="<image> two?"), replace(question, choices=("one", "<image>"))):
+        with pytest.raises(UserError, match="question 7: its text holds <image>"):
+            load_protocol("iconqa_choose_img").turns(wrong)
+
+
 def test_braces_in_a_question_stay() -> None:
     question = replace(QUESTION, text="What is {x}?")
     assert "What is {x}?" in load_protocol("textvqa").turns(question)[0].text

@@ -29,10 +29,17 @@ class Question:
     """What makes questions dependent: the image id, or the question id where there is no picture."""
     choices: tuple[str, ...] = ()
     """The options' texts (file names where the options are pictures), in the order they are shown."""
+    choice_images: tuple[str, ...] = ()
+    """The pictures of `choices`, one each, where the options are pictures: paths like `image`."""
     category: str | tuple[str, ...] = ""
     """Skill or type, for breakdowns; a question with several counts once in each."""
     answer_index: int | None = None
     """Which of `choices` is right. Two options may read alike, so the answer's text does not tell."""
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """All its pictures in the order they are shown: its own, then the options'."""
+        return (*((self.image,) if self.image else ()), *self.choice_images)
 
 
 Rule = Callable[[Question, str], float]

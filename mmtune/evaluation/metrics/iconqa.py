@@ -112,7 +112,8 @@ def read(path: Path, task: str = "choose_txt", split: str = "test") -> list[Ques
     `path` is the official problems.json, with pid_splits.json beside it to say which problems are in
     `split` (mini splits too) and pid2skills.json, if it is there, to say each one's skills; or a folder of
     problem folders {pid}/data.json, all taken. Pictures: iconqa/{split}/{task}/{pid}/image.png, or
-    {pid}/image.png. For choose_img `choices` are the names of the options' pictures, which lie beside it.
+    {pid}/image.png. For choose_img `choices` are the names of the options' pictures, which lie beside it,
+    and `choice_images` their paths.
     Raises UserError, naming file and problem.
     """
     if task not in TASKS:
@@ -198,8 +199,17 @@ def _question(
         raise UserError(
             f"'answer' is {index}, there are {len(choices)} choices", where=where, mend="Correct it."
         )
+    folder = image.removesuffix("image.png")
     return Question(
-        pid, text, (choices[index],), image, cluster=pid, choices=choices, category=skills, answer_index=index
+        pid,
+        text,
+        (choices[index],),
+        image,
+        cluster=pid,
+        choices=choices,
+        choice_images=tuple(folder + name for name in choices) if task == "choose_img" else (),
+        category=skills,
+        answer_index=index,
     )
 
 

@@ -9,10 +9,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from mmtune.core.errors import UserError
+from mmtune.data.batches import load_images
+from mmtune.data.chat import IMAGE
+from mmtune.data.image import ImageTransform
 from mmtune.evaluation.metrics import iconqa
 from mmtune.evaluation.metrics.base import Question
+from mmtune.evaluation.protocol import load_protocol
 
 REAL = Path(os.environ.get("MMTUNE_REAL_DATA", "/nowhere")) / "iconqa"
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason="MMTUNE_REAL_DATA has no iconqa")
@@ -57,7 +62,28 @@ def test_real_problems_with_options(task: str) -> None:
     assert len(questions) == 16
     for question in questions:
         check_every_option(question)
-        assert question.image is not None and (REAL / task / question.image).is_file()
+        assert len(question.images) == 1 + (len(question.choices) if task == "choose_img" else 0)
+
+
+@needs_real_data
+@pytest.mark.parametrize("task", iconqa.TASKS)
+def test_real_problems_are_asked_with_all_their_pictures(task: str) -> None:
+    transform = ImageTransform(56, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    for question in iconqa.read(REAL / task, task=task):
+        [turn] = load_protocol(f"iconqa_{task}").turns(question)
+        assert turn.text.startswith(f"{IMAGE}\n{question.text}\n")
+        assert turn.text.count(IMAGE) == len(question.images)
+        if task == "choose_img":
+            lines = "\n".join(f"{letter}. {IMAGE}" for letter in "ABCDEF"[: len(question.choices)])
+            assert f"{question.text}\n{lines}\nAnswer" in turn.text
+        pictures = load_images([REAL / task / name for name in question.images], transform)
+        assert pictures.shape == (len(question.images), 3, 56, 56)
+        # Each is its own file's: drawn in black on white, none of them blank.
+        assert all(picture.min() < picture.max() for picture in pictures)
+        if task == "choose_img":
+            stored = [REAL / task / question.id / f"choice_{i}.png" for i in range(len(question.choices))]
+            expected = [transform(Image.open(path).convert("RGB")) for path in stored]
+            assert all((a == b).all() for a, b in zip(pictures[1:].numpy(), expected, strict=True))
 
 
 @needs_real_data
@@ -181,6 +207,23 @@ def test_official_files(tmp_path: Path) -> None:
     assert iconqa.read(path, split="minitest") == [second]
     [filled] = iconqa.read(path, task="fill_in_blank")
     assert (filled.answers, filled.choices, filled.answer_index) == (("7",), (), None)
+
+
+def test_options_that_are_pictures(tmp_path: Path) -> None:
+    problem = {"question": "Which?", "choices": ["choice_0.png", "choice_1.png"], "answer": 1}
+    path = unpacked(tmp_path, {"4": {**problem, "ques_type": "choose_img"}}, {"choose_img_minitest": ["4"]})
+    [question] = iconqa.read(path, task="choose_img", split="minitest")
+    folder = "iconqa/test/choose_img/4/"
+    assert question.choice_images == (f"{folder}choice_0.png", f"{folder}choice_1.png")
+    assert question.images == (f"{folder}image.png", *question.choice_images)
+    assert [iconqa.letter(question, said) for said in ("B", "(b)", "B. choice_1.png", "A", "1")] == [
+        1,
+        1,
+        1,
+        0,
+        0,
+    ]
+    assert [iconqa.official(question, said) for said in ("1", "0", "B")] == [1, 0, 0]
 
 
 def test_faults_are_named(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ evaluation.metrics.exact evaluation.metrics evaluation.score evaluation.protocol
 evaluation.restore evaluation.results evaluation.evaluate
 evaluation.significance
 evaluation.forgetting
+evaluation.differences
 evaluation.attribution evaluation.answers
 evaluation.terminal evaluation.frontier evaluation.examples evaluation.page evaluation.report
 run

@@ -48,7 +48,7 @@ class Evaluation:
 
     folder: Path
     scores: dict[str, dict[str, Any]]
-    """Task -> score, stderr, n, missing, rule."""
+    """Task -> score, stderr, n, missing, rule, unit."""
     answers: dict[str, dict[str, Answer]]
     """Task -> the answers by question id."""
     protocols: dict[str, str]
@@ -122,6 +122,7 @@ def _task_score(row: dict[str, Any], where: str) -> dict[str, Any]:
         "n": field(row, "n", int, where),
         "missing": field(row, "missing", int, where),
         "rule": field(row, "rule", str, where),
+        "unit": row.get("unit", "%"),
     }
 
 

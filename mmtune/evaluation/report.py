@@ -16,6 +16,7 @@ from mmtune.evaluation.attribution import (
     attribution_row,
     read_attribution,
 )
+from mmtune.evaluation.differences import between, changes
 from mmtune.evaluation.examples import choose_examples
 from mmtune.evaluation.forgetting import (
     SUMMARIES,
@@ -80,11 +81,13 @@ def make_report(
         densities = _last_densities(run / "metrics.jsonl")
         rows[name] |= {"density": densities} if densities else {}
     groups, gaps = [], []
+    means: dict[str, dict[str, Answers]] = {}
     for label, members in group_by_config(configs, hashes["data"]):
         for name in members:
             rows[name]["label"] = label
         answers = [evaluations[name].answers for name in members]
-        groups.append(_group_row(label, [rows[name] for name in members], baseline, answers, suite))
+        means[label] = {task: seed_mean([each[task] for each in answers], task) for task in suite.tasks}
+        groups.append(_group_row(label, [rows[name] for name in members], baseline, means[label], suite))
         gaps += attribution_gaps(label, [rows[name] for name in members])
     report = {
         "base": {
@@ -93,6 +96,12 @@ def make_report(
         },
         "runs": list(rows.values()),
         "groups": groups,
+        "between": between(
+            means,
+            {group["label"]: [rows[name] for name in group["runs"]] for group in groups},
+            suite.source,
+            suite.target,
+        ),
         "series": series_of(
             {
                 group["label"]: {**configs[group["runs"][0]], "data_hash": hashes["data"][group["runs"][0]]}
@@ -217,6 +226,7 @@ def _run_row(name: str, base: Evaluation, run: Evaluation, suite: Suite) -> dict
         "retention": {
             task: retention(base.scores[task]["score"], run.scores[task]["score"]) for task in suite.source
         },
+        "change": changes(base.answers, run.answers, suite.source, suite.target),
         "flips": flips(base.answers, run.answers),
         "format": answer_forms(base.answers, run.answers, suite.source, suite.target),
     }
@@ -226,11 +236,13 @@ def _group_row(
     label: str,
     rows: Sequence[dict[str, Any]],
     base: Evaluation,
-    answers: Sequence[Mapping[str, Answers]],
+    mean: Mapping[str, Answers],
     suite: Suite,
 ) -> dict[str, Any]:
-    """Mean and SD over seeds, and the 95 % interval that the questions leave to this mean."""
-    mean = {task: seed_mean([each[task] for each in answers], task) for task in base.scores}
+    """Mean and SD over seeds, and the 95 % interval that the questions leave to this mean.
+
+    mean: task -> each question's score averaged over the seeds.
+    """
     group: dict[str, Any] = {
         "label": label,
         "tuner": rows[0]["tuner"],
@@ -248,6 +260,9 @@ def _group_row(
         }
         for task in suite.source
     }
+    kept = {task: [row["retention"][task] for row in rows] for task in suite.source}
+    group["retention"] = {task: None if None in its else mean_sd(its) for task, its in kept.items()}
+    group["change"] = changes(base.answers, mean, suite.source, suite.target)
     attribution = attribution_group(rows)
     group |= {"attribution": attribution} if attribution else {}
     group |= {key: over_seeds([row[key] for row in rows]) for key in ("flips", "format")}

@@ -51,6 +51,9 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     console.print(table)
     if any("attribution" in group for group in report["groups"]):
         console.print(_attribution(report))
+    console.print(_chance(report, short))
+    if report["between"]["pairs"]:
+        console.print(_between(report))
     console.print(_answers(report, short))
     for line in _notes(report, short):
         console.print(line)
@@ -68,6 +71,47 @@ def _table(title: str) -> Table:
         title_justify="left",
         title_style="bold",
     )
+
+
+def _chance(report: dict[str, Any], short: Mapping[str, str]) -> Table:
+    """p of the change from the base, and the smallest change that would have been found."""
+    made = report["made_with"]
+    table = _table("Could it be chance? p of the change from the base, over the questions")
+    table.add_column("", overflow="fold")
+    for heading in ("Source", "Target", *(short[task] for task in made["source"])):
+        table.add_column(heading, justify="right", min_width=6, overflow="fold")
+    for group in report["groups"]:
+        change = group["change"]
+        cells = [change["source"], change["target"], *(change["tasks"][task] for task in made["source"])]
+        table.add_section()
+        table.add_row(
+            Text(group["label"], style="bold"), *[p_value(cell.get("p_holm", cell["p"])) for cell in cells]
+        )
+        _add_intervals(table, "  seen from, points", [cell["detectable"] for cell in cells])
+    return table
+
+
+def _between(report: dict[str, Any]) -> Table:
+    """Each method's Source and Target less those of the best."""
+    best = report["between"]["best"]
+    table = _table(f"Against {best}, which has the best Mean: the difference ± 95 %, questions")
+    table.add_column("", overflow="fold")
+    for heading in ("Source", "p", "± SE, seeds", "Target", "p", "± SE, seeds"):
+        table.add_column(heading, justify="right", min_width=6)
+    for pair in report["between"]["pairs"]:
+        if pair["b"] == best:
+            cells = []
+            for which in ("source", "target"):
+                half, seeds = half_width(pair[which]["ci95"]), pair[which]["stderr_seeds"]
+                cells.append(f"{pair[which]['difference']:+.1f}" + ("" if half is None else f" ± {half:.1f}"))
+                cells += [p_value(pair[which]["p_holm"]), "" if seeds is None else f"{seeds:.1f}"]
+            table.add_row(Text(pair["a"], style="bold"), *cells)
+    return table
+
+
+def p_value(p: float | None) -> str:
+    """Three decimals; nothing for None."""
+    return "" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _attribution(report: dict[str, Any]) -> Table:
@@ -107,6 +151,10 @@ def _answers(report: dict[str, Any], short: Mapping[str, str]) -> Table:
         table.add_row(Text(group["label"], style="bold"))
         table.add_row("  in the target's form, %", *[f"{form['off_format']['mean']:.1f}" for form in forms])
         table.add_row("  new, %", *[f"{form['new']['mean']:.1f}" for form in forms])
+        kept = [group["retention"][task] for task in source]
+        table.add_row(
+            "  of the base's score, %", *["" if k is None else f"{100 * k['mean']:.1f}" for k in kept]
+        )
         table.add_row("  questions lost / won", *[f"{lost:.0f} / {won:.0f}" for lost, won in turned])
     return table
 
@@ -129,7 +177,7 @@ def _notes(report: dict[str, Any], short: Mapping[str, str]) -> list[Text]:
     by_rule: dict[str, list[str]] = {}
     for task in (*made["source"], *made["target"]):
         row = base["scores"][task]
-        how = f"rule {row['rule']}, n={row['n']}"
+        how = f"rule {row['rule']}, n={row['n']}" + (f", {row['unit']}" if row["unit"] != "%" else "")
         by_rule.setdefault(how, []).append(f"{short[task]} {row['score']:.1f}")
     scored = "; ".join(f"{', '.join(scores)} ({how})" for how, scores in by_rule.items())
     missing = sum(row["missing"] for model in (base, *report["runs"]) for row in model["scores"].values())
@@ -139,6 +187,15 @@ def _notes(report: dict[str, Any], short: Mapping[str, str]) -> list[Text]:
         "Lost: points below the base, paired question by question.",
         "± 95 %, questions: had other questions been asked of these same models; nothing about seeds.",
     ]
+    tests = {its["test"] for group in report["groups"] for its in group["change"]["tasks"].values()}
+    notes.append(
+        f"p: {'; '.join(sorted(tests))}; of Source, and of a Target of several sets, by the central limit. "
+        "Adjusted by Holm: over the source sets, over the target sets, over the methods. Seen from: a true "
+        "change of this size is found (p < 0.05) four times in five. All of it is about these very models, "
+        "their scores averaged over seeds; nothing about seeds."
+    )
+    if len({row["unit"] for row in base["scores"].values()}) > 1:
+        notes.append("The sets' points are of different units (below): a mean of them weighs unlike things.")
     notes.append(
         "New: answers that neither base nor annotations give to any question of that task. In the target's "
         "form: those of them that the run gives, rightly, to the target. Lost / won: against the base."

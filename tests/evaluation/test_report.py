@@ -50,7 +50,7 @@ def test_report_json_holds_what_the_evaluations_say(tmp_path: Path) -> None:
         source, target = fmean(scores[task] for task in SOURCE), scores["tiny_iconqa"]
         assert row["scores"]["tiny_shape"] == {
             key: said["tiny_shape"][key] for key in ("score", "stderr", "n", "missing", "rule")
-        }
+        } | {"unit": "%"}
         assert row["source"] == pytest.approx(source)
         assert row["target"] == pytest.approx(target)
         assert row["mean"] == pytest.approx((source + target) / 2)
@@ -62,6 +62,7 @@ def test_report_json_holds_what_the_evaluations_say(tmp_path: Path) -> None:
         for task in SOURCE:
             assert row["drop"][task] == pytest.approx(zero[task]["score"] - scores[task])
             assert row["drop_ci95"][task][0] < row["drop"][task] < row["drop_ci95"][task][1]
+            assert row["change"]["tasks"][task]["difference"] == pytest.approx(-row["drop"][task])
             assert row["retention"][task] == pytest.approx(scores[task] / zero[task]["score"])
         assert row["tuner"] == "lora"
         assert row["seed"] == int(run.name[-1])
@@ -94,6 +95,15 @@ def test_groups_are_the_seeds_of_one_config(tmp_path: Path) -> None:
     drops = [run["drop"]["tiny_place"] for run in mine]
     assert group["drop"]["tiny_place"]["mean"] == pytest.approx(fmean(drops))
     assert group["drop"]["tiny_place"]["sd"] == pytest.approx(stdev(drops))
+    changed = [run["change"]["target"]["difference"] for run in mine]
+    assert group["change"]["target"]["difference"] == pytest.approx(fmean(changed))
+    kept = [run["retention"]["tiny_place"] for run in mine]
+    assert group["retention"]["tiny_place"] == pytest.approx({"mean": fmean(kept), "sd": stdev(kept)})
+    assert report["between"]["best"] == "lorasculpt"
+    (pair,) = report["between"]["pairs"]
+    assert (pair["a"], pair["b"]) == ("lora", "lorasculpt")
+    ahead = report["groups"][0]["source"]["mean"] - group["source"]["mean"]
+    assert pair["source"]["difference"] == pytest.approx(ahead)
     low, high = group["source"]["ci95"]
     assert (low + high) / 2 == pytest.approx(group["source"]["mean"])
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from mmtune.evaluation.report import make_report
-from mmtune.evaluation.terminal import print_report
+from mmtune.evaluation.terminal import p_value, print_report
 from tests.made_up_runs import GROUPS, SOURCE, TINY, base_of, level, rewrite, world, write_evaluation
 
 
@@ -77,3 +78,44 @@ def test_what_became_of_the_answers(tmp_path: Path) -> None:
         f"{each['right_to_wrong']['mean']:.0f} / {each['wrong_to_right']['mean']:.0f}" for each in turned
     ]
     assert " ".join(lines["questions lost / won"][4:]) == " ".join(counts)
+
+
+def test_chance_and_the_other_methods(tmp_path: Path) -> None:
+    groups = {"lora": (40.0, 67.0), "mild": (91.0, 60.0), "lorasculpt": (80.0, 62.0)}
+    report = make_report(base_of(tmp_path), world(tmp_path, groups, (0, 1)), TINY, "test", tmp_path / "out")
+    text = printed(report)
+    chance = text[text.index("Could it be chance") : text.index("Against mild")]
+    rows = [line.split() for line in chance.splitlines() if line.strip()]
+    mild = next(i for i, row in enumerate(rows) if row[0] == "mild")
+    change = report["groups"][1]["change"]
+    cells = [change["source"]["p"], *(change["tasks"][task]["p_holm"] for task in ("tiny_iconqa", *SOURCE))]
+    assert rows[mild] == ["mild", *[p_value(p) for p in cells]]
+    seen = [change["source"]["detectable"], change["target"]["detectable"]]
+    assert rows[mild + 1][3:5] == [f"{points:.1f}" for points in seen]
+    against = text[text.index("Against mild") : text.index("Answers to the source")]
+    assert max(map(len, text.partition("Source: mean of")[0].splitlines())) <= 100
+    row = next(line.split() for line in against.splitlines() if line.strip().startswith("lora "))
+    pair = next(pair for pair in report["between"]["pairs"] if pair["a"] == "lora")
+    assert row[1] == f"{pair['source']['difference']:+.1f}" and row[4] == "<0.001"
+
+
+def test_points_of_other_units_are_named(tmp_path: Path) -> None:
+    base, runs = base_of(tmp_path), world(tmp_path, GROUPS, seeds=(0,))
+    for folder in (base, *runs):
+        path = folder / "eval" / "tiny-test" / "results.json"
+        results = json.loads(path.read_text())["results"]
+        results["tiny_iconqa"]["unit"] = "CIDEr x 100"
+        rewrite(path, results=results)
+    text = " ".join(printed(make_report(base, runs, TINY, "test", tmp_path / "out")).split())
+    assert "(rule exact, n=200, CIDEr x 100)" in text
+    assert "different units" in text
+
+
+def test_p_value() -> None:
+    assert [p_value(p) for p in (None, 0.0, 0.00099, 0.0314, 1.0)] == [
+        "",
+        "<0.001",
+        "<0.001",
+        "0.031",
+        "1.000",
+    ]

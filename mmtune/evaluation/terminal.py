@@ -96,16 +96,19 @@ def _between(report: dict[str, Any]) -> Table:
     best = report["between"]["best"]
     table = _table(f"Against {best}, which has the best Mean: the difference ± 95 %, questions")
     table.add_column("", overflow="fold")
-    for heading in ("Source", "p", "± SE, seeds", "Target", "p", "± SE, seeds"):
-        table.add_column(heading, justify="right", min_width=6)
-    for pair in report["between"]["pairs"]:
-        if pair["b"] == best:
-            cells = []
-            for which in ("source", "target"):
-                half, seeds = half_width(pair[which]["ci95"]), pair[which]["stderr_seeds"]
-                cells.append(f"{pair[which]['difference']:+.1f}" + ("" if half is None else f" ± {half:.1f}"))
-                cells += [p_value(pair[which]["p_holm"]), "" if seeds is None else f"{seeds:.1f}"]
-            table.add_row(Text(pair["a"], style="bold"), *cells)
+    pairs = [pair for pair in report["between"]["pairs"] if pair["b"] == best]
+    several = any(pair["source"]["stderr_seeds"] is not None for pair in pairs)
+    for heading in ("Source", "Target"):
+        for column in (heading, "p", *(["± SE, seeds"] if several else [])):
+            table.add_column(column, justify="right", min_width=6)
+    for pair in pairs:
+        cells = []
+        for which in ("source", "target"):
+            half, seeds = half_width(pair[which]["ci95"]), pair[which]["stderr_seeds"]
+            cells.append(f"{pair[which]['difference']:+.1f}" + ("" if half is None else f" ± {half:.1f}"))
+            cells.append(p_value(pair[which]["p_holm"]))
+            cells += [] if not several else ["" if seeds is None else f"{seeds:.1f}"]
+        table.add_row(Text(pair["a"], style="bold"), *cells)
     return table
 
 

@@ -55,11 +55,12 @@ def between(
 ) -> dict[str, Any]:
     """Each method compared with the best (the highest Mean) and with the first one.
 
-    runs: label -> `source`, `target` and `mean` of each of its runs. Returns `best`, `first` and
-    `pairs`, a list of {"a", "b", "source", "target", "tasks"}, every difference a less b. In `source` and `target` there are
-    also p_holm, over all pairs with the same b, and stderr_seeds, the standard error that the spread between
-    seeds leaves to the difference (None where either has a single seed). The best was chosen by these very
-    scores, so that its lead is flattered.
+    runs: label -> `source`, `target` and `mean` of each of its runs.
+
+    Returns `best`, `first` and `pairs`, a list of {"a", "b", "source", "target", "tasks"}, every difference a
+    less b. In `source` and `target` there are also p_holm, over all pairs with the same b, and stderr_seeds,
+    the standard error that the spread between seeds leaves to the difference (None where either has a single
+    seed). The best was chosen by these very scores, so that its lead is flattered.
     """
     labels = list(methods)
     best = max(labels, key=lambda label: fmean(run["mean"] for run in runs[label]))

@@ -20,6 +20,7 @@ from mmtune.core.files import read_json, read_jsonl, read_text
 from mmtune.core.table import nearest
 from mmtune.evaluation.metrics import FORMATS
 from mmtune.evaluation.metrics.base import OverAll, Question, Rule, TaskScore, clustered_stderr, some
+from mmtune.evaluation.metrics.repair import Reader
 
 
 class Protocol(Structure):
@@ -112,6 +113,9 @@ def score_predictions(
         }
         for question in questions
     ]
+    scorer = FORMATS.load(protocol.format)
+    unit = getattr(scorer, "UNIT", "%")
+    lenient = _add_lenient(per_question, questions, score) if unit == "%" else None
     scores = [row["score"] for row in per_question]
     stderr = clustered_stderr(scores, [question.cluster for question in questions])
     missing = [question.id for question in questions if question.id not in predictions]
@@ -119,7 +123,6 @@ def score_predictions(
     if missing:
         share = f"{len(missing)} of {len(questions)}"
         warnings.append(f"{share} questions have no prediction and count as wrong: {some(missing)}")
-    scorer = FORMATS.load(protocol.format)
     return TaskScore(
         task=protocol.task,
         rule=name,
@@ -130,10 +133,19 @@ def score_predictions(
         missing=len(missing),
         per_question=per_question,
         by_category=_by_category(questions, scores),
-        unit=getattr(scorer, "UNIT", "%"),
+        unit=unit,
+        lenient=lenient,
         also=scorer.also(questions, predictions, name, scores) if hasattr(scorer, "also") else {},
         warnings=tuple(warnings),
     )
+
+
+def _add_lenient(rows: Sequence[dict[str, Any]], questions: Sequence[Question], rule: Rule) -> float:
+    """Adds `lenient` to each row, the score after format repair, and returns its mean in points."""
+    reader = Reader(questions)
+    for row, question in zip(rows, questions, strict=True):
+        row["lenient"] = reader.score(question, row["prediction"] or "", rule, row["score"])
+    return _points([row["lenient"] for row in rows])
 
 
 def _points(scores: Sequence[float]) -> float:

@@ -67,11 +67,15 @@ class TaskScore:
     """Questions in the annotation file: the denominator, whatever was predicted."""
     missing: int
     per_question: list[dict[str, Any]]
-    """In the annotation file's order: question_id, prediction (None: missing), score (0 to 1), cluster."""
+    """In the annotation file's order: question_id, prediction (None: missing), score (0 to 1), cluster and,
+    but for captions, lenient (0 to 1).
+    """
     by_category: dict[str, dict[str, float]]
     """Category -> {"score": points, "n": questions}."""
     unit: str = "%"
     """What a point is: "%", or "CIDEr x 100"."""
+    lenient: float | None = None
+    """In points, after format repair (metrics/repair.py); None for captions, which have no one right form."""
     also: dict[str, Any] = dataclass_field(default_factory=dict)
     """Further figures of the same predictions that go with the score (precision, BLEU), ready for JSON."""
     warnings: tuple[str, ...] = ()
@@ -88,6 +92,7 @@ class TaskScore:
             "n": self.n,
             "missing": self.missing,
             "unit": self.unit,
+            **({} if self.lenient is None else {"lenient": self.lenient}),
             "by_category": self.by_category,
             **({"also": self.also} if self.also else {}),
         }

@@ -81,9 +81,8 @@ class Reader:
             if chosen != question.answer_index:
                 return []
             return [question.choices[chosen], *ascii_uppercase[chosen : chosen + 1], str(chosen)]
-        longest = (
-            max((len(_words(answer)) for answer in question.answers), default=0) + 2
-        )  # no rule turns more words into it
+        # No rule turns an answer of many more words into the annotated one.
+        longest = 2 + max((len(_words(answer)) for answer in question.answers), default=0)
         short = [form for form in unwrapped(reply) if len(_words(form)) <= longest]
         found = [form for form in short if not self._beside_rival(question, reply, form)]
         return list(dict.fromkeys([*found, *self._said_inside(question, reply)]))

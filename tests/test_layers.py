@@ -29,6 +29,7 @@ evaluation.terminal evaluation.frontier evaluation.examples evaluation.page eval
 run
 training.folder training.plan training.optim training.checkpoint training.meter training.signals
 training.loop training.check
+interop.lmms_eval
 experiments.sweep
 cli
 """.split()

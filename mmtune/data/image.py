@@ -74,7 +74,7 @@ def load_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as opened:
             opened.load()
-            return _upright_rgb(opened)
+            return upright_rgb(opened)
     except FileNotFoundError:
         raise UserError("no such picture", where=path, mend="Is the folder of the pictures right?") from None
     except PermissionError:
@@ -85,7 +85,8 @@ def load_image(path: Path) -> Image.Image:
         raise UserError(f"this picture cannot be read: {error}", where=path, mend=_MEND) from None
 
 
-def _upright_rgb(opened: Image.Image) -> Image.Image:
+def upright_rgb(opened: Image.Image) -> Image.Image:
+    """An opened picture turned as its EXIF data say, in RGB, as `load_image` gives it. Raises UserError."""
     picture = ImageOps.exif_transpose(opened)
     if picture.mode == "F":
         raise UserError(

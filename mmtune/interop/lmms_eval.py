@@ -109,15 +109,16 @@ def _ends(said: dict[str, Any], task: str) -> tuple[int, tuple[str, ...]]:
     """Where a task's answers end: (max_new_tokens, until). Raises UserError where they are not greedy."""
     for name, value in said.items():
         if name not in INDIFFERENT and value not in GREEDY.get(name, ()):
+            known = name in GREEDY
             raise UserError(
-                f"generation argument {name}={value}: mmtune decodes greedily",
-                where=f"task {task}",
-                mend=f"Overrule it: --gen_kwargs {name}={GREEDY[name][0]}." if name in GREEDY else "",
+                f"{name}={value}" + (": mmtune decodes greedily" if known else " is unknown to mmtune"),
+                where=f"task {task}, generation_kwargs",
+                mend=f"Overrule it: --gen_kwargs {name}={GREEDY[name][0]}." if known else "",
             )
     if said.get("temperature") and said.get("do_sample") is not False:
         raise UserError(
             f"temperature {said['temperature']}: mmtune decodes greedily",
-            where=f"task {task}",
+            where=f"task {task}, generation_kwargs",
             mend="Overrule it: --gen_kwargs temperature=0.",
         )
     until = said.get("until") or []

@@ -1,5 +1,8 @@
 """What the answers look like beside their score: forgetting a format is not forgetting what a picture shows.
 
+A fall splits in two: what a lenient reader (metrics/repair.py) regains is lost form, the rest is lost
+knowledge, as far as the answers show it.
+
 A model tuned on one task may know the answer to another and give it in the tuned task's form (an option's
 letter, a number word). Scores cannot tell the two apart, and the net change of a score hides how many
 answers changed sides.
@@ -10,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from mmtune.evaluation.forgetting import Answers, check_same_questions, mean_sd
-from mmtune.evaluation.metrics.base import plain
+from mmtune.evaluation.forgetting import Answers, check_same_questions, ci95, mean_sd
+from mmtune.evaluation.metrics.base import clustered_stderr, plain
 
 
 def answer_forms(
@@ -49,6 +52,34 @@ def answer_forms(
     return forms
 
 
+def loss_parts(
+    base: Mapping[str, Answers], run: Mapping[str, Answers], source: Sequence[str]
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, list[float] | None]]]:
+    """Task -> the drop in its two parts, in points, and the 95 % interval of each part.
+
+    knowledge: the drop of the lenient score. format: what the run regains by lenient reading, less what the
+    base does; the two add up to the drop. lenient: the run's lenient score. A task without lenient scores is
+    left out. Raises UserError where the questions differ.
+    """
+    parts: dict[str, dict[str, float]] = {}
+    intervals: dict[str, dict[str, list[float] | None]] = {}
+    for task in source:
+        check_same_questions(base[task], run[task], task)
+        pairs = [(before, run[task][name]) for name, before in base[task].items()]
+        read = [(b.lenient, r.lenient) for b, r in pairs if b.lenient is not None and r.lenient is not None]
+        if len(read) < len(pairs):
+            continue
+        knowledge = [before - after for before, after in read]
+        drops = [before.score - after.score for before, after in pairs]
+        form = [drop - lost for drop, lost in zip(drops, knowledge, strict=True)]
+        parts[task], intervals[task] = {"lenient": 100 * fmean(after for _, after in read)}, {}
+        for name, values in (("format", form), ("knowledge", knowledge)):
+            stderr = clustered_stderr(values, [before.cluster for before, _ in pairs])
+            parts[task][name] = 100 * fmean(values)
+            intervals[task][name] = ci95(parts[task][name], None if stderr is None else 100 * stderr)
+    return parts, intervals
+
+
 def flips(base: Mapping[str, Answers], run: Mapping[str, Answers]) -> dict[str, dict[str, int]]:
     """Task -> how many questions the base had right and the run has wrong, and the other way round.
 
@@ -69,8 +100,9 @@ def flips(base: Mapping[str, Answers], run: Mapping[str, Answers]) -> dict[str, 
 def over_seeds(
     rows: Sequence[Mapping[str, Mapping[str, float]]],
 ) -> dict[str, dict[str, dict[str, float | None]]]:
-    """The same table with mean and SD over several runs for each number."""
+    """The same table with mean and SD over several runs for each number, of tasks that all have."""
     return {
         task: {key: mean_sd([row[task][key] for row in rows]) for key in numbers}
         for task, numbers in rows[0].items()
+        if all(task in row for row in rows)
     }

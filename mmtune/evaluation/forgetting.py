@@ -29,13 +29,15 @@ SUMMARIES = ("source", "target", "mean", "harmonic_mean", "o_mean")
 class Answer(NamedTuple):
     """What one question brought: a score in [0, 1], and the cluster it depends on (its picture).
 
-    text: what the model said, "" where it said nothing. accepted: the annotated answers.
+    text: what the model said, "" where it said nothing. accepted: the annotated answers. lenient: the score
+    after format repair; None for captions.
     """
 
     score: float
     cluster: str
     text: str = ""
     accepted: tuple[str, ...] = ()
+    lenient: float | None = None
 
 
 Answers = Mapping[str, Answer]
@@ -139,7 +141,8 @@ def _read_answers(path: Path, of: dict[str, Any]) -> dict[str, Answer]:
         text = field(row, "prediction", (str, type(None)), where) or ""
         accepted = field(row, "target", list, where) if "target" in row else []
         cluster = str(field(row, "cluster", (str, int), where))
-        answers[identity] = Answer(score, cluster, text, tuple(map(str, accepted)))
+        lenient = field(row, "lenient", (int, float), where) if "lenient" in row else None
+        answers[identity] = Answer(score, cluster, text, tuple(map(str, accepted)), lenient)
     mean = _points(answer.score for answer in answers.values())
     # A tolerance for scores that were rounded when they were written.
     if len(answers) != of["n"] or abs(mean - of["score"]) > 0.01:

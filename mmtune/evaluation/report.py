@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mmtune.core.config import Source
 from mmtune.core.errors import Fault, UserError
 from mmtune.core.files import read_json, read_jsonl, write_json
-from mmtune.evaluation.answers import answer_forms, flips, over_seeds
+from mmtune.evaluation.answers import answer_forms, flips, loss_parts, over_seeds
 from mmtune.evaluation.attribution import (
     attribution_gaps,
     attribution_group,
@@ -220,6 +220,7 @@ def _model_row(name: str, evaluation: Evaluation, suite: Suite) -> dict[str, Any
 
 def _run_row(name: str, base: Evaluation, run: Evaluation, suite: Suite) -> dict[str, Any]:
     drops = {task: paired_drop(base.answers[task], run.answers[task], task) for task in suite.source}
+    lost, lost_ci95 = loss_parts(base.answers, run.answers, suite.source)
     return _model_row(name, run, suite) | {
         "drop": {task: drop for task, (drop, _) in drops.items()},
         "drop_ci95": {task: ci95(*drop) for task, drop in drops.items()},
@@ -229,6 +230,8 @@ def _run_row(name: str, base: Evaluation, run: Evaluation, suite: Suite) -> dict
         "change": changes(base.answers, run.answers, suite.source, suite.target),
         "flips": flips(base.answers, run.answers),
         "format": answer_forms(base.answers, run.answers, suite.source, suite.target),
+        "lost": lost,
+        "lost_ci95": lost_ci95,
     }
 
 
@@ -265,7 +268,7 @@ def _group_row(
     group["change"] = changes(base.answers, mean, suite.source, suite.target)
     attribution = attribution_group(rows)
     group |= {"attribution": attribution} if attribution else {}
-    group |= {key: over_seeds([row[key] for row in rows]) for key in ("flips", "format")}
+    group |= {key: over_seeds([row[key] for row in rows]) for key in ("flips", "format", "lost")}
     return group
 
 

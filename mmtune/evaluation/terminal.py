@@ -152,6 +152,10 @@ def _answers(report: dict[str, Any], short: Mapping[str, str]) -> Table:
         ]
         table.add_section()
         table.add_row(Text(group["label"], style="bold"))
+        parts = [group["lost"].get(task) for task in source]
+        for part in ("knowledge", "format"):
+            cells = ["-" if its is None else f"{its[part]['mean']:.1f}" for its in parts]
+            table.add_row(f"  lost: {part}, points", *cells)
         table.add_row("  in the target's form, %", *[f"{form['off_format']['mean']:.1f}" for form in forms])
         table.add_row("  new, %", *[f"{form['new']['mean']:.1f}" for form in forms])
         kept = [group["retention"][task] for task in source]
@@ -199,6 +203,10 @@ def _notes(report: dict[str, Any], short: Mapping[str, str]) -> list[Text]:
     )
     if len({row["unit"] for row in base["scores"].values()}) > 1:
         notes.append("The sets' points are of different units (below): a mean of them weighs unlike things.")
+    notes.append(
+        "Lost, knowledge: what a lenient reader misses too; format: what he regains, the rest of the drop "
+        "(-: no lenient score, as of captions)."
+    )
     notes.append(
         "New: answers that neither base nor annotations give to any question of that task. In the target's "
         "form: those of them that the run gives, rightly, to the target. Lost / won: against the base."

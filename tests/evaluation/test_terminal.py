@@ -66,12 +66,23 @@ def test_what_became_of_the_answers(tmp_path: Path) -> None:
             path = run / TINY.folder("test") / f"samples_{task}.jsonl"
             said = path.read_text().replace('"prediction": "a"', '"prediction": "B"', letters)
             path.write_text(said)
+    for folder in (base, *runs[:2]):  # of the first 20 wrong answers of each run a lenient reader takes
+        path = folder / TINY.folder("test") / "samples_tiny_place.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        regained = 0 if folder is base else 20
+        for row in rows:
+            row["lenient"] = float(row["score"] or regained > 0)
+            regained -= not row["score"]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = make_report(base, runs, TINY, "test", tmp_path / "out")
     text = printed(report)
     table = text[text.index("Answers to the source") : text.index("Source: mean of")]
     first, _ = table.split("lorasculpt")
     lines = {line.strip().split("  ")[0]: line.split() for line in first.splitlines() if line.strip()}
     assert lines["in the target's form, %"][-5:] == ["0.0", "0.0", "0.0", "25.0", "0.0"]
+    assert lines["lost: format, points"][-5:] == ["-", "-", "-", "10.0", "-"]
+    lost = report["groups"][0]["drop"]["tiny_place"]["mean"]
+    assert lines["lost: knowledge, points"][-2] == f"{lost - 10:.1f}"
     assert lines["new, %"][-5:] == ["0.0", "0.0", "0.0", "25.0", "0.0"]
     turned = [report["groups"][0]["flips"][task] for task in SOURCE]
     counts = [

@@ -18,8 +18,9 @@ parts.connector.base parts.connector.linear parts.connector.mlp
 parts.language parts.model
 tuning.base tuning.penalty tuning.frozen tuning.full tuning.lora tuning.sculpt tuning.kl
 evaluation.metrics.base evaluation.metrics.repair
-evaluation.metrics.vqa evaluation.metrics.iconqa evaluation.metrics.gqa
-evaluation.metrics.exact evaluation.metrics evaluation.score evaluation.protocol evaluation.generate
+evaluation.metrics.vqa evaluation.metrics.iconqa evaluation.metrics.exact
+evaluation.metrics.gqa evaluation.metrics.ocrvqa evaluation.metrics.scienceqa evaluation.metrics.pope
+evaluation.metrics evaluation.score evaluation.protocol evaluation.generate
 evaluation.restore evaluation.results evaluation.evaluate
 evaluation.significance
 evaluation.forgetting

@@ -20,7 +20,7 @@ from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, read_jsonl
 from mmtune.data.chat import IMAGE, Turn
 from mmtune.data.samples import ROLES, Sample, read_llava
-from mmtune.evaluation.metrics import exact, gqa, iconqa, vqa
+from mmtune.evaluation.metrics import exact, gqa, iconqa, ocrvqa, pope, scienceqa, vqa
 from mmtune.evaluation.metrics.base import Question
 from mmtune.evaluation.score import read_predictions
 from mmtune.parts.model import read_options
@@ -126,6 +126,31 @@ ICONQA = {
     "pid_splits.json": {"choose_txt_test": ["1", 2]},
     "pid2skills.json": {"1": ["counting"], "2": []},
 }
+OCRVQA = {
+    "1": {
+        "imageURL": "x/1.jpg",
+        "questions": ["Who?", "What?"],
+        "answers": ["a", "b"],
+        "split": 3,
+        "genre": "c",
+    },
+    "2": {"imageURL": "x/2.jpg", "questions": ["Who?"], "answers": ["a"], "split": 1},
+}
+SCHOOL = {
+    "question": "What?",
+    "choices": ["a", "b"],
+    "answer": 1,
+    "hint": "h",
+    "image": "image.png",
+    "grade": "grade3",
+    "subject": "s",
+    "split": "test",
+}
+SCIENCEQA = {"problems.json": {"1": SCHOOL, "2": SCHOOL}, "pid_splits.json": {"test": ["1", 2]}}
+POPE = [
+    {"question_id": 1, "image": "x.jpg", "text": "Is there?", "label": "yes"},
+    {"question_id": 2, "image": "x.jpg", "text": "Is there?", "label": "no", "category": "random"},
+]
 QUESTIONS = [Question(name, "What?", ("a",), None, name) for name in ("1", "2")]
 ANSWERS = [{"question_id": "1", "text": "a", "prompt": "What?"}, {"question_id": 2, "text": "b"}]
 MODEL = {
@@ -174,6 +199,16 @@ READERS: dict[str, Reader] = {
     "gqa": (GQA, "a.json", json.dumps, gqa.read, are_questions),
     "jsonl questions": (JSONL, "a.jsonl", lines, exact.read, are_questions),
     "iconqa": (ICONQA, "problems.json", json.dumps, iconqa.read, are_questions),
+    "ocrvqa": (OCRVQA, "a.json", json.dumps, ocrvqa.read, are_questions),
+    "ocrvqa converted": (JSONL[:1] * 2, "a.jsonl", lines, ocrvqa.read, are_questions),
+    "scienceqa": (SCIENCEQA, "problems.json", json.dumps, scienceqa.read, are_questions),
+    "pope": (
+        POPE,
+        "coco_pope_random.json",
+        lines,
+        lambda p: pope.read(p, categories=["random"]),
+        are_questions,
+    ),
     "predictions": (ANSWERS, "a.jsonl", lines, lambda p: read_predictions(p, QUESTIONS), are_texts),
     "predictions list": (ANSWERS, "a.json", json.dumps, lambda p: read_predictions(p, QUESTIONS), are_texts),
     "predictions map": (
@@ -203,8 +238,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(folder: Path, kind: str, document: Any) -> Path:
     _, name, form, _, _ = READERS[kind]
-    if kind == "iconqa" and isinstance(document, dict):  # three files in one document
-        for each in ICONQA:
+    if kind in ("iconqa", "scienceqa") and isinstance(document, dict):  # several files in one document
+        for each in READERS[kind][0]:
             (folder / each).write_text(json.dumps(document.get(each)))
     else:
         (folder / name).write_text(form(document))

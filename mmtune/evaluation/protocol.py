@@ -21,7 +21,7 @@ from mmtune.evaluation.metrics import FORMATS
 from mmtune.evaluation.metrics.base import Question
 from mmtune.evaluation.score import find_rule, read_questions
 
-PLACEHOLDERS = ("question", "choices", "options")
+PLACEHOLDERS = ("question", "choices", "options", "context")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Protocol:
     """A benchmark.
 
     prompt: {question}, {choices} (texts with commas between) and {options} (lines `A. text`, or `A. <image>`
-    where options are pictures) are filled in.
+    where options are pictures) are filled in, and {context}: a line `Context: text` with its line break where
+    a question has a context, otherwise nothing.
     annotations: the annotation file of each split; images: the pictures' folder; both relative to the
     data's root. report_split: the split whose score is reported: the test split, or the validation split
     where the test answers are not public. options: further arguments of the format's reader, in which
@@ -105,7 +106,7 @@ class Protocol:
         holds `<image>`: there is no picture for that one; and where a picture would not be shown.
         """
         where = f"task {self.task}, question {question.id}"
-        if any(IMAGE in text for text in (self.prompt, question.text, *question.choices)):
+        if any(IMAGE in text for text in (self.prompt, question.text, question.context, *question.choices)):
             raise UserError(
                 f"its text holds {IMAGE}, which stands for a picture",
                 where=where,
@@ -113,7 +114,12 @@ class Protocol:
             )
         shown = [IMAGE] * len(question.choice_images) or question.choices
         options = "\n".join(f"{mark}. {text}" for mark, text in zip(ascii_uppercase, shown, strict=False))
-        text = self.prompt.format(question=question.text, choices=", ".join(shown), options=options)
+        text = self.prompt.format(
+            question=question.text,
+            choices=", ".join(shown),
+            options=options,
+            context=f"Context: {question.context}\n" if question.context else "",
+        )
         if text.count(IMAGE) != len(question.choice_images):
             raise UserError(
                 f"{text.count(IMAGE)} of its options' {len(question.choice_images)} pictures would be shown",

@@ -20,7 +20,7 @@ def test_every_protocol_can_be_asked(task: str) -> None:
         assert "{" not in str(protocol.for_split(split).options.get("split", ""))
     (turn,) = protocol.turns(QUESTION)
     assert turn.role == "user"
-    assert turn.text.startswith("<image>\nHow many?\n")
+    assert turn.text.startswith("<image>\nHow many?")
     assert "{" not in turn.text
 
 
@@ -30,7 +30,13 @@ def test_prompts_are_those_of_the_benchmarks() -> None:
     assert load_protocol("textvqa").turns(QUESTION)[0].text == f"<image>\nHow many?\n{short}"
     letters = "A. one\nB. two\nAnswer with the option's letter from the given choices directly."
     assert load_protocol("iconqa_choose_txt").turns(QUESTION)[0].text == f"<image>\nHow many?\n{letters}"
+    assert load_protocol("gqa").turns(QUESTION)[0].text == f"<image>\nHow many?\n{short}"
+    hinted = replace(QUESTION, context="There are few.")
+    context = "Context: There are few.\n"
+    assert load_protocol("scienceqa").turns(hinted)[0].text == f"<image>\n{context}How many?\n{letters}"
+    assert load_protocol("scienceqa").turns(QUESTION)[0].text == f"<image>\nHow many?\n{letters}"
     without = replace(QUESTION, image=None)
+    assert load_protocol("scienceqa").turns(without)[0].text == f"How many?\n{letters}"
     assert load_protocol("tiny_text").turns(without)[0].text == "How many?\nAnswer briefly."
 
 
@@ -155,6 +161,7 @@ def test_a_faulty_protocol(
 def test_each_task_has_a_split_of_its_own_to_report() -> None:
     splits = {task: load_protocol(task).report_split for task in task_names()}
     assert splits.pop("textvqa") == "val"
+    assert splits.pop("gqa") == "testdev"
     assert set(splits.values()) == {"test"}
 
 

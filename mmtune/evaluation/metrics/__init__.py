@@ -1,9 +1,9 @@
 """One file per official scorer, all free of torch; `FORMATS` names the annotation formats they read."""
 
 from mmtune.core.table import Table
-from mmtune.evaluation.metrics import exact, gqa, iconqa, vqa
+from mmtune.evaluation.metrics import exact, gqa, iconqa, ocrvqa, pope, scienceqa, vqa
 
-__all__ = ["FORMATS", "exact", "gqa", "iconqa", "vqa"]
+__all__ = ["FORMATS", "exact", "gqa", "iconqa", "ocrvqa", "pope", "scienceqa", "vqa"]
 
 # Each entry is a module: read(path, **options) -> questions, RULES (name -> rule), METRIC; and, where it has
 # them, UNIT (of a point, by default "%") and also(questions, predictions, rule, scores) -> further figures.
@@ -13,6 +13,9 @@ FORMATS = Table(
         "textvqa": "mmtune.evaluation.metrics:vqa",
         "iconqa": "mmtune.evaluation.metrics:iconqa",
         "gqa": "mmtune.evaluation.metrics:gqa",
+        "ocrvqa": "mmtune.evaluation.metrics:ocrvqa",
+        "scienceqa": "mmtune.evaluation.metrics:scienceqa",
+        "pope": "mmtune.evaluation.metrics:pope",
         "llava_jsonl": "mmtune.evaluation.metrics:exact",
     },
 )

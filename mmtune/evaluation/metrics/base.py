@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtune.core.errors import UserError
+from mmtune.core.files import read_json
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class Question:
     """Skill or type, for breakdowns; a question with several counts once in each."""
     answer_index: int | None = None
     """Which of `choices` is right. Two options may read alike, so the answer's text does not tell."""
+
+    context: str = ""
+    """What is read before the question, such as ScienceQA's hint."""
 
     @property
     def images(self) -> tuple[str, ...]:
@@ -128,6 +132,26 @@ def clustered_stderr(scores: Sequence[float], clusters: Sequence[str]) -> float 
 def plain(text: str) -> str:
     """A free-form answer without what does not change its meaning: outer space, case, one trailing period."""
     return text.strip().removesuffix(".").rstrip().casefold()
+
+
+def read_object(path: Path, mend: str) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises UserError, with `mend`, where it holds anything else."""
+    return an_object(read_json(path), path, mend)
+
+
+def an_object(value: Any, where: object, mend: str = "Fetch the file anew.") -> dict[str, Any]:
+    """The value itself. Raises UserError where it is no object of JSON."""
+    if not isinstance(value, dict):
+        raise UserError(f"expected an object, found {type(value).__name__}", where=where, mend=mend)
+    return value
+
+
+def texts(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
+    """The texts under `key`. Raises UserError where it is no list of texts."""
+    found = field(row, key, list, where)
+    if not all(isinstance(text, str) for text in found):
+        raise UserError(f"'{key}' should be a list of texts", where=where, mend="Fetch the file anew.")
+    return tuple(found)
 
 
 def field(row: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:

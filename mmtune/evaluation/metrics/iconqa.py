@@ -14,11 +14,11 @@ from string import ascii_uppercase
 from typing import Any
 
 from mmtune.core.errors import UserError
-from mmtune.core.files import read_json
-from mmtune.evaluation.metrics.base import Question, Rule, checked, field, plain
+from mmtune.evaluation.metrics.base import Question, Rule, an_object, checked, field, plain, read_object
 
 METRIC = "accuracy"
 TASKS = ("choose_txt", "choose_img", "fill_in_blank")
+MEND = "Is it IconQA's own file?"
 
 # "A", "A.", "(A)", "A) cat", "A: cat", but not "A cat": there the A may well be an article.
 _LETTERED = re.compile(r"\(?([A-Za-z])(?:[.):]+\s*(?P<text>.*))?", re.DOTALL)
@@ -123,14 +123,14 @@ def read(path: Path, task: str = "choose_txt", split: str = "test") -> list[Ques
         path = path / "problems.json"
     if path.is_dir():
         return checked(_read_folders(path, task), path)
-    problems = _read_object(path)
+    problems = read_object(path, MEND)
     splits_path = path.with_name("pid_splits.json")
-    splits = _read_object(splits_path)
+    splits = read_object(splits_path, MEND)
     name = f"{task}_{split}"
     if name not in splits:
         raise UserError(f"no split '{name}'", where=splits_path, mend=f"Known: {', '.join(sorted(splits))}.")
     skills_path = path.with_name("pid2skills.json")
-    skills = _read_object(skills_path) if skills_path.is_file() else {}
+    skills = read_object(skills_path, MEND) if skills_path.is_file() else {}
     ids = field(splits, name, list, str(splits_path))
     # A mini split is a part of the split whose name it carries, and so are its pictures.
     folder = f"iconqa/{split.removeprefix('mini')}/{task}"
@@ -162,28 +162,16 @@ def _read_folders(path: Path, task: str) -> list[Question]:
             mend="Give IconQA's problems.json, or a folder such as iconqa/test/choose_txt.",
         )
     return [
-        _question(_read_object(file), pid, task, image=f"{pid}/image.png", skills=(), where=str(file))
+        _question(read_object(file, MEND), pid, task, image=f"{pid}/image.png", skills=(), where=str(file))
         for file in found
         for pid in [file.parent.name]
     ]
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise UserError(
-            f"expected an object, found {type(content).__name__}", where=path, mend="Is it IconQA's own file?"
-        )
-    return content
-
-
 def _question(
     problem: Any, pid: str, task: str, *, image: str, skills: tuple[str, ...], where: str
 ) -> Question:
-    if not isinstance(problem, dict):
-        raise UserError(
-            f"expected an object, found {type(problem).__name__}", where=where, mend="Fetch the file anew."
-        )
+    problem = an_object(problem, where)
     kind = field(problem, "ques_type", str, where)
     if kind != task:
         raise UserError(
@@ -217,7 +205,7 @@ def _choices(question: Question, rule: str) -> tuple[str, ...]:
     if not question.choices:
         raise UserError(
             f"the rule '{rule}' needs options, question {question.id} has none",
-            mend="For fill_in_blank use 'normalised' or 'strict'.",
+            mend="For fill_in_blank use 'normalised' or 'strict', elsewhere a rule that compares texts.",
         )
     return question.choices
 

@@ -49,7 +49,7 @@ def test_where_it_sits_is_shown_where_it_was_measured(tmp_path: Path) -> None:
         rewrite(place / "results.json", restored="language", base_hash="base model")
     report = make_report(base, runs, TINY, "test", tmp_path / "out")
     text = printed(report)
-    table = text[text.index("Where it sits") : text.index("Answers to the source")]
+    table = text[text.index("Where it sits") : text.index("Could it be chance")]
     assert "language put back" in table and "connector" not in table
     whole, off = report["groups"][0], report["groups"][0]["attribution"]["language_off"]
     cells = [f"{each['source']['mean']:.1f} / {each['target']['mean']:.1f}" for each in (whole, off)]

@@ -94,7 +94,7 @@ def _chance(report: dict[str, Any], short: Mapping[str, str]) -> Table:
 def _between(report: dict[str, Any]) -> Table:
     """Each method's Source and Target less those of the best."""
     best = report["between"]["best"]
-    table = _table(f"Against {best}, which has the best Mean: the difference ± 95 %, questions")
+    table = _table(f"Against {best}, which has the best Mean (difference ± 95 %)")
     table.add_column("", overflow="fold")
     pairs = [pair for pair in report["between"]["pairs"] if pair["b"] == best]
     several = any(pair["source"]["stderr_seeds"] is not None for pair in pairs)

@@ -95,7 +95,7 @@ def test_chance_and_the_other_methods(tmp_path: Path) -> None:
     groups = {"lora": (40.0, 67.0), "mild": (91.0, 60.0), "lorasculpt": (80.0, 62.0)}
     report = make_report(base_of(tmp_path), world(tmp_path, groups, (0, 1)), TINY, "test", tmp_path / "out")
     text = printed(report)
-    chance = text[text.index("Could it be chance") : text.index("Against mild")]
+    chance = text[text.index("Could it be chance") : text.index("Against lorasculpt")]
     rows = [line.split() for line in chance.splitlines() if line.strip()]
     mild = next(i for i, row in enumerate(rows) if row[0] == "mild")
     change = report["groups"][1]["change"]
@@ -103,7 +103,7 @@ def test_chance_and_the_other_methods(tmp_path: Path) -> None:
     assert rows[mild] == ["mild", *[p_value(p) for p in cells]]
     seen = [change["source"]["detectable"], change["target"]["detectable"]]
     assert rows[mild + 1][3:5] == [f"{points:.1f}" for points in seen]
-    against = text[text.index("Against mild") : text.index("Answers to the source")]
+    against = text[text.index("Against lorasculpt") : text.index("Answers to the source")]
     assert max(map(len, text.partition("Source: mean of")[0].splitlines())) <= 100
     row = next(line.split() for line in against.splitlines() if line.strip().startswith("lora "))
     pair = next(pair for pair in report["between"]["pairs"] if pair["a"] == "lora")

@@ -142,6 +142,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--suite", required=True)
     report.add_argument("--split", help="that was asked of every task (default: each one's reporting split)")
     report.add_argument("--output_path", type=Path, required=True)
+    report.add_argument(
+        "--thumbnails", type=_count, default=8, metavar="MB", help="of pictures in report.html (default: 8)"
+    )
     report.set_defaults(run=_report)
 
     sweep = commands.add_parser("sweep", help="train and evaluate a grid of overrides; ends in one report")
@@ -282,7 +285,8 @@ def _report(options: argparse.Namespace) -> None:
     from mmtune.evaluation.terminal import print_report
 
     suite = load_suite(options.suite)
-    report = make_report(options.base, options.runs, suite, options.split, options.output_path)
+    thumbnails = options.thumbnails * 1_000_000
+    report = make_report(options.base, options.runs, suite, options.split, options.output_path, thumbnails)
     print_report(report, _console())
 
 

@@ -26,7 +26,8 @@ evaluation.significance
 evaluation.forgetting
 evaluation.differences
 evaluation.attribution evaluation.answers
-evaluation.terminal evaluation.frontier evaluation.examples evaluation.page evaluation.report
+evaluation.terminal evaluation.frontier evaluation.examples evaluation.thumbnails evaluation.browser
+evaluation.provenance evaluation.page evaluation.report
 run
 training.folder training.plan training.optim training.checkpoint training.meter training.signals
 training.loop training.check

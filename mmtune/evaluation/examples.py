@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmtune.core.files import read_jsonl
+from mmtune.data.chat import IMAGE
 
 RIGHT = 0.5  # the score of a question from which its answer counts as right, for choosing and for marks
 EACH = 3  # questions of a task
+LONGEST = 400  # characters of a question or an answer; a runaway answer is told by its beginning
 Row = dict[str, Any]
+Rows = Mapping[str, Row]
+"""The rows of a task's samples by question id."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +40,50 @@ class Example:
     prompt: str
     targets: list[str]
     given: list[Given]
+    images: tuple[str, ...] = ()
+    """The paths of its pictures, relative to the task's folder of pictures."""
 
 
-def choose_examples(base: Path, models: Mapping[str, Path], task: str) -> list[Example]:
-    """Up to three questions of a task, from the evaluations' folders; the first answers are the base's.
+def read_rows(folder: Path, task: str, base: bool) -> dict[str, Row]:
+    """What a page shows of each question of an evaluation: of the base's also what was asked."""
+    keys = ["prediction", "score"] + (["prompt", "target", "image", "category"] if base else [])
+    return {
+        str(row["question_id"]): {key: row[key] for key in keys if key in row}
+        for _, row in read_jsonl(folder / f"samples_{task}.jsonl")
+    }
+
+
+def images_of(row: Row) -> tuple[str, ...]:
+    """The paths of a question's pictures: none, one or several."""
+    image = row.get("image")
+    return tuple(map(str, image)) if isinstance(image, list | tuple) else ((str(image),) if image else ())
+
+
+def prompt_of(row: Row) -> str:
+    """What was asked, without the marks at its beginning that stand for pictures."""
+    return re.sub(rf"^({IMAGE}\s*)+", "", row.get("prompt") or "")
+
+
+def targets_of(row: Row) -> list[str]:
+    """The annotated answers, each once."""
+    target = row.get("target") or []
+    return list(dict.fromkeys(map(str, target if isinstance(target, list) else [target])))
+
+
+def plain(text: str, longest: int = LONGEST) -> str:
+    """A text as a page can hold it: shortened, what no page may contain replaced."""
+    more = len(text) - longest
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "�", text[:longest])
+    return text if more <= 0 else f"{text}… ({more} more characters)"
+
+
+def choose_examples(before: Rows, after: Mapping[str, Rows]) -> list[Example]:
+    """Up to three questions of a task: the base's rows, and those of each model by its label.
 
     One that the base got right and most others wrong, one the other way round, then those with the most
     distinct answers: so they show how answers changed, not how often. Where every model gave the same
     answers, the first question alone.
     """
-    before = _rows(base, task)
-    after = {label: _rows(folder, task) for label, folder in models.items()}
 
     def wrong(question: str) -> int:
         return sum(rows[question]["score"] < RIGHT for rows in after.values())
@@ -64,23 +102,18 @@ def choose_examples(base: Path, models: Mapping[str, Path], task: str) -> list[E
             chosen.append(max(left, key=interest))
 
     take(known, wrong, 1)
-    take(unknown, lambda question: len(models) - wrong(question), 1)
+    take(unknown, lambda question: len(after) - wrong(question), 1)
     for _ in range(EACH):
         take(questions, distinct, 2)
     chosen = chosen or questions[:1]
     return [_example(question, [("base", before), *after.items()]) for question in chosen]
 
 
-def _rows(folder: Path, task: str) -> dict[str, Row]:
-    return {str(row["question_id"]): row for _, row in read_jsonl(folder / f"samples_{task}.jsonl")}
-
-
-def _example(question: str, tables: Sequence[tuple[str, Mapping[str, Row]]]) -> Example:
+def _example(question: str, tables: Sequence[tuple[str, Rows]]) -> Example:
     given: dict[str | None, Given] = {}
     for label, rows in tables:
         row = rows[question]
         text = row["prediction"]
         given.setdefault(text, Given(text, row["score"], [])).by.append(label)
     row = tables[0][1][question]
-    targets = list(dict.fromkeys(map(str, row.get("target", []))))
-    return Example(question, row.get("prompt", ""), targets, list(given.values()))
+    return Example(question, prompt_of(row), targets_of(row), list(given.values()), images_of(row))

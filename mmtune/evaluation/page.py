@@ -1,7 +1,13 @@
-"""A report as one self-contained page: no scripts, nothing from the network, every text escaped."""
+"""A report as one self-contained page: nothing from the network, every text escaped, one script of its own.
+
+Without JavaScript the page is whole but for the browser of single questions. A policy in the page lets no
+other script run, whatever a model or a file's name says.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +17,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from mmtune.core.files import write_text
-from mmtune.evaluation.examples import Example
+from mmtune.evaluation.browser import TaskRows, browser_data, notes, script_json
+from mmtune.evaluation.examples import Example, plain
 from mmtune.evaluation.forgetting import ci95, half_width, mean_sd, short_names
 from mmtune.evaluation.frontier import (
     frontier_legend,
@@ -20,18 +27,30 @@ from mmtune.evaluation.frontier import (
     is_numbered,
     looks,
 )
+from mmtune.evaluation.provenance import made_box, said
 from mmtune.evaluation.terminal import HEADINGS
+from mmtune.evaluation.thumbnails import Thumbnails
 
-TEMPLATE = "page.html.j2"
-LONGEST = 400  # characters of a question or an answer; a runaway answer is told by its beginning
-
-
-def write_page(report: dict[str, Any], examples: Mapping[str, Sequence[Example]], path: Path) -> None:
-    """Writes report.html: `report` as make_report makes it, and examples of answers by task."""
-    write_text(path, render_page(report, examples))
+TEMPLATE = "page.html.j2"  # with page.css and page.js in it
 
 
-def render_page(report: dict[str, Any], examples: Mapping[str, Sequence[Example]]) -> str:
+def write_page(
+    report: dict[str, Any],
+    examples: Mapping[str, Sequence[Example]],
+    questions: Mapping[str, TaskRows],
+    thumbnails: Thumbnails,
+    path: Path,
+) -> None:
+    """Writes report.html: `report` as make_report makes it, examples of answers and all questions by task."""
+    write_text(path, render_page(report, examples, questions, thumbnails))
+
+
+def render_page(
+    report: dict[str, Any],
+    examples: Mapping[str, Sequence[Example]],
+    questions: Mapping[str, TaskRows],
+    thumbnails: Thumbnails,
+) -> str:
     """The page as HTML."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -44,6 +63,13 @@ def render_page(report: dict[str, Any], examples: Mapping[str, Sequence[Example]
     made = report["made_with"]
     tasks = [*made["source"], *made["target"]]
     short, look = short_names(tasks), looks(report)
+    script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
+    box = made_box(report)
+    browsed = browser_data(questions, thumbnails)
+    browsed["tasks"] = [{"task": task, "name": short[task], **its} for task, its in browsed["tasks"].items()]
+    browsed["methods"] = [
+        {"name": group["label"], "look": look[group["label"]][0]} for group in report["groups"]
+    ]
     return environment.get_template(TEMPLATE).render(
         report=report,
         made=made,
@@ -66,6 +92,14 @@ def render_page(report: dict[str, Any], examples: Mapping[str, Sequence[Example]
         ],
         variant_names=HEADINGS,
         examples=examples,
+        thumbnail=lambda task, name: thumbnails.uris.get((questions[task].images or "", name)),
+        box=box,
+        notes=notes(questions, thumbnails),
+        several_questions=sum(len(rows.before) for rows in questions.values()),
+        css=Markup((Path(__file__).parent / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        data=Markup(script_json({**browsed, "made": box["text"]})),
     )
 
 
@@ -77,25 +111,9 @@ def points(value: float | None, sign: bool = False) -> str:
     return re.sub(r"^[+-](?=0\.0$)", "", text).replace("-", "−")
 
 
-def plain(text: str) -> str:
-    """A text as a page can hold it: shortened, what no page may contain replaced."""
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "�", text)
-    more = len(text) - LONGEST
-    return text if more <= 0 else f"{text[:LONGEST]}… ({more} more characters)"
-
-
 def breakable(name: str) -> Markup:
     """A name that may be broken after each underscore."""
     return Markup("_<wbr>").join(name.split("_"))  # join escapes the words
-
-
-def said(value: Any) -> str:
-    """A setting in words."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {said(its)}" for key, its in value.items()) or "not said"
-    if value is None or isinstance(value, bool):
-        return "not said" if value is None else ("yes" if value else "no")
-    return str(value)
 
 
 def _set(report: dict[str, Any], task: str, look: Mapping[str, tuple[int, int]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from mmtune.evaluation.attribution import (
     attribution_row,
     read_attribution,
 )
+from mmtune.evaluation.browser import pictures_in_order, rows_to_show
 from mmtune.evaluation.differences import between, changes
 from mmtune.evaluation.examples import choose_examples
 from mmtune.evaluation.forgetting import (
@@ -38,18 +40,21 @@ from mmtune.evaluation.forgetting import (
 from mmtune.evaluation.frontier import draw_frontier
 from mmtune.evaluation.metrics.base import field
 from mmtune.evaluation.page import write_page
+from mmtune.evaluation.provenance import made_by, prompts
+from mmtune.evaluation.thumbnails import BUDGET, make_thumbnails
 
 if TYPE_CHECKING:
     from mmtune.evaluation.protocol import Suite
 
 
 def make_report(
-    base: Path, runs: Sequence[Path], suite: Suite, split: str | None, output: Path
+    base: Path, runs: Sequence[Path], suite: Suite, split: str | None, output: Path, thumbnails: int = BUDGET
 ) -> dict[str, Any]:
     """Compares finished runs with their base on a suite; writes report.json, frontier.png and report.html to
     `output`.
 
-    `base` and each run hold their evaluation under eval/SUITE-SPLIT (see Suite.folder). Raises UserError
+    `base` and each run hold their evaluation under eval/SUITE-SPLIT (see Suite.folder). thumbnails: the bytes
+    that the pictures in report.html may take. Raises UserError
     for evaluations that are missing (with the commands that make them) or cannot be compared, for runs that
     started from another model than the base, and for the same run twice.
     """
@@ -80,6 +85,7 @@ def make_report(
         rows[name] |= {"tuner": _language_tuner(configs[name]), "seed": configs[name]["seed"]}
         densities = _last_densities(run / "metrics.jsonl")
         rows[name] |= {"density": densities} if densities else {}
+        rows[name] |= {"made_by": made_by(evaluations[name].folder)}
     groups, gaps = [], []
     means: dict[str, dict[str, Answers]] = {}
     for label, members in group_by_config(configs, hashes["data"]):
@@ -89,10 +95,12 @@ def make_report(
         means[label] = {task: seed_mean([each[task] for each in answers], task) for task in suite.tasks}
         groups.append(_group_row(label, [rows[name] for name in members], baseline, means[label], suite))
         gaps += attribution_gaps(label, [rows[name] for name in members])
+    warnings = _warnings(baseline, evaluations, trained, restored) + gaps
     report = {
         "base": {
             **_model_row(_name_of(base), baseline, suite),
             "format": answer_forms(baseline.answers, baseline.answers, suite.source, suite.target),
+            "made_by": made_by(baseline.folder),
         },
         "runs": list(rows.values()),
         "groups": groups,
@@ -108,7 +116,7 @@ def make_report(
                 for group in groups
             }
         ),
-        "warnings": _warnings(baseline, evaluations, trained, restored) + gaps,
+        "warnings": warnings,
         "files": {name: str(output / name) for name in ("report.json", "frontier.png", "report.html")},
         "made_with": {
             "suite": suite.name,
@@ -123,14 +131,25 @@ def make_report(
             "annotations": baseline.data,
             **hashes,
             "commit": {name: trained[name].get("commit") for name in names},
+            "tasks": prompts(baseline.folder, suite.tasks),
+            "command": _command(base, runs, suite, split, output),
         },
     }
+    firsts = {group["label"]: evaluations[group["runs"][0]].folder for group in groups}
+    shown = rows_to_show(baseline.folder, firsts, suite.tasks)
+    examples = {task: choose_examples(rows.before, rows.after) for task, rows in shown.items()}
+    pictures = make_thumbnails(pictures_in_order(shown, examples), thumbnails)
+    warnings += pictures.warnings()
     write_json(output / "report.json", report)
     draw_frontier(report, output / "frontier.png")
-    first_seeds = {group["label"]: evaluations[group["runs"][0]].folder for group in groups}
-    examples = {task: choose_examples(baseline.folder, first_seeds, task) for task in suite.tasks}
-    write_page(report, examples, output / "report.html")
+    write_page(report, examples, shown, pictures, output / "report.html")
     return report
+
+
+def _command(base: Path, runs: Sequence[Path], suite: Suite, split: str | None, output: Path) -> str:
+    words = ["mmtune", "report", "--base", base, *runs, "--suite", suite.name]
+    words += ["--split", split] if split else []
+    return shlex.join(map(str, [*words, "--output_path", output]))
 
 
 def _check_complete(base: Path, runs: Sequence[Path], suite: Suite, split: str | None) -> None:

@@ -11,13 +11,19 @@ from typing import Any
 
 import pytest
 
-from mmtune.evaluation.page import plain, points, render_page, said
+from mmtune.evaluation.browser import TaskRows
+from mmtune.evaluation.examples import plain
+from mmtune.evaluation.page import points, render_page
+from mmtune.evaluation.provenance import said
 from mmtune.evaluation.report import make_report
+from mmtune.evaluation.thumbnails import Thumbnails
 from tests import browser
 from tests.made_up_runs import GROUPS, SOURCE, TASKS, TINY, base_of, world
 
-VOID = {"meta", "link", "br", "wbr"}
+VOID = {"meta", "link", "br", "wbr", "img", "input"}
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)> & {{ 7 * 7 }}"
+
+NOTHING = ({task: [] for task in TASKS}, {task: TaskRows({}, {}, None) for task in TASKS}, Thumbnails())
 
 
 class Elements(HTMLParser):
@@ -144,18 +150,17 @@ def test_nothing_a_model_or_a_file_says_becomes_markup(tmp_path: Path) -> None:
     assert page.names().count("th") == quiet.count("th")
     assert set(page.names()) == set(quiet)
     report["warnings"] = [HOSTILE]
-    warned = Elements(render_page(report, {task: [] for task in TASKS}))
+    warned = Elements(render_page(report, *NOTHING))
     assert HOSTILE in "".join(warned.text)
     assert "script" not in warned.names()
 
 
 def test_attribution_is_shown_where_there_is_some(made: tuple[dict[str, Any], str]) -> None:
     report = copy.deepcopy(made[0])
-    nothing: dict[str, Any] = {task: [] for task in TASKS}
-    assert "Where it sits" not in render_page(report, nothing)
+    assert "Where it sits" not in render_page(report, *NOTHING)
     cell = {"source": {"mean": 91.23, "sd": 0.5}, "target": {"mean": 11.0, "sd": None}}
     report["groups"][0]["attribution"] = {"language_off": cell}
-    page = words(Elements(render_page(report, nothing)))
+    page = words(Elements(render_page(report, *NOTHING)))
     assert "Where it sits" in page
     assert "language put back" in page and "connector put back" not in page
     assert "91.2 ± 0.511.0" in page

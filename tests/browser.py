@@ -76,6 +76,11 @@ class Page:
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         return answer["result"].get("value")
 
+    def wait(self, milliseconds: int) -> None:
+        """Lets the page's own clock run that long."""
+        pause = f"new Promise((done) => setTimeout(done, {milliseconds}))"
+        self.call("Runtime.evaluate", expression=pause, awaitPromise=True)
+
     def logged(self) -> list[str]:
         """Console messages, warnings and errors since the page was opened."""
         kinds = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")

@@ -90,7 +90,8 @@ def sample_rows(
     """The rows of samples_TASK.jsonl, a question each, in the annotation file's order.
 
     target: all accepted answers (lmms-eval: their text). image: relative to the task's image root, which
-    results.json has under `images`. prompts: question id -> what the model was asked.
+    results.json has under `images`; a list where there are several. prompts: question id -> what the model
+    was asked.
     """
     rows = []
     for index, (question, row) in enumerate(zip(questions, score.per_question, strict=True)):
@@ -108,7 +109,7 @@ def sample_rows(
                 **row,
                 "prompt": prompt,
                 "target": target,
-                "image": question.image,
+                "image": list(question.images) if len(question.images) > 1 else question.image,
                 "category": question.category,
                 "doc_id": index,
                 "doc": doc,

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmtune.cli import _parser
+from mmtune.evaluation.provenance import made_box, said
+from mmtune.evaluation.report import make_report
+from tests.made_up_runs import GROUPS, TASKS, TINY, base_of, rewrite, world
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("made it")
+    base, runs = base_of(folder), world(folder, GROUPS, (0, 1))
+    for number, path in enumerate(sorted(folder.rglob("results.json"))):
+        configs = json.loads(path.read_text())["configs"]
+        configs["tiny_text"] |= {"prompt": "{question}\nBriefly.", "max_new_tokens": 16}
+        rewrite(path, git_hash="c0ffee", date=f"day {number}", configs=configs, limit=50)
+    make_report(base, runs, TINY, "test", folder / "out")
+    made: dict[str, Any] = json.loads((folder / "out" / "report.json").read_text())
+    return made
+
+
+def test_what_is_alike_is_said_once_and_what_differs_by_model(report: dict[str, Any]) -> None:
+    box = made_box(report)
+    common = dict(box["common"])
+    assert common["Evaluated by commit"] == "c0ffee" and common["Trained by commit"] == "c-dirty"
+    assert common["Precision"] == "float32" and common["Questions"] == "the first 50 of each set"
+    assert box["columns"] == ["Config", "Model", "Evaluated on"]
+    assert [row["model"] for row in box["models"]] == [
+        "base (base)",
+        *(run["name"] for run in report["runs"]),
+    ]
+    assert [row["Config"] for row in box["models"][:2]] == ["", "hash of lora_s0"]
+    assert len({row["Evaluated on"] for row in box["models"]}) == 5
+    text = next(row for row in box["tasks"] if row["task"] == "tiny_text")
+    assert (text["prompt"], text["tokens"], text["protocol"]) == (
+        "{question}\nBriefly.",
+        "16",
+        "protocol tiny_text",
+    )
+    assert [row["task"] for row in box["tasks"]] == TASKS
+
+
+def test_the_text_to_copy_holds_everything(report: dict[str, Any]) -> None:
+    box = made_box(report)
+    lines = box["text"].split("\n")
+    for label, value in box["common"]:
+        assert f"{label}: {value}" in lines
+    for row in box["models"]:
+        assert all(f"{label}: {row[label]}" in lines for label in box["columns"])
+    assert r'prompt: "{question}\nBriefly."' in lines
+    assert all(command in lines for command in box["commands"])
+
+
+def test_the_commands_are_ones_that_mmtune_takes(report: dict[str, Any]) -> None:
+    *evaluations, last = made_box(report)["commands"]
+    assert len(evaluations) == 5
+    for command in evaluations:
+        options = _parser().parse_args(shlex.split(command)[1:])
+        assert options.tasks.split(",") == TASKS and options.split == "test" and options.limit == 50
+        assert (options.output_path / "results.json").is_file()
+    options = _parser().parse_args(shlex.split(last)[1:])
+    assert options.suite == "tiny" and len(options.runs) == 4 and isinstance(options.base, Path)
+
+
+def test_settings_in_words() -> None:
+    assert said({"greedy": True, "tokens": 1, "other": None}) == "greedy yes, tokens 1, other not said"
+    assert said({}) == "not said"

@@ -147,8 +147,8 @@ def test_the_filters_find_what_the_files_say(folder: Path, tab: browser.Page) ->
     assert shown(tab) == pairs[1::2].count((1, 0))
     choose(tab, flip="", category="", text="question 17:")
     assert shown(tab) == 1
-    wanted = base[TASKS[1]][17]
-    assert str(wanted["question_id"]) in tab.value("document.querySelector('#found .from').textContent")
+    seventeenth = base[TASKS[1]][17]
+    assert f"question {seventeenth['question_id']}" in tab.value("document.querySelector('#found .from').textContent")
 
 
 def test_the_address_keeps_a_view(folder: Path, tab: browser.Page) -> None:

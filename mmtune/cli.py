@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model", type=Path, required=True, help="a model folder, for example runs/NAME/final"
     )
     what = evaluate.add_mutually_exclusive_group(required=True)
-    what.add_argument("--tasks", help="names with commas between")
+    what.add_argument("--tasks", help="names, or YAML files of your own, with commas between")
     what.add_argument("--suite", help="the name of a suite, or a YAML file of your own")
     evaluate.add_argument("--split", help="of every task (default: each task's own reporting split)")
     evaluate.add_argument(
@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_eval)
 
     score = commands.add_parser("score", help="score a file of predictions against official annotations")
-    score.add_argument("--task", required=True)
+    score.add_argument("--task", required=True, help="its name, or a YAML file of your own")
     score.add_argument("--predictions", type=Path, required=True, help="JSONL or JSON: question_id and text")
     score.add_argument("--annotations", type=Path, required=True, help="the annotation file as published")
     score.add_argument("--rule", help="instead of the protocol's own")
@@ -205,7 +205,7 @@ def _train_and_evaluate(options: argparse.Namespace, signals: Signals) -> None:
     wanted = run.evaluate if run.evaluate and run.evaluate.at_end else None
     suite = load_suite(wanted.suite) if wanted else None
     if wanted and suite:
-        for task in suite.tasks:  # what is missing is said now, not after hours of training
+        for task in suite.given:  # what is missing is said now, not after hours of training
             load_protocol(task).questions(wanted.split, wanted.root)
     final = run.folder / "final"
     if open_run(run, options.resume):
@@ -244,7 +244,7 @@ def _eval(options: argparse.Namespace) -> None:
         raise UserError("it is given more than once", where="--restore", mend="Put back one part at a time.")
     made = evaluate(
         options.model,
-        load_suite(options.suite).tasks if options.suite else options.tasks.split(","),
+        load_suite(options.suite).given if options.suite else options.tasks.split(","),
         options.output_path,
         split=options.split,
         batch_size=options.batch_size,

@@ -54,7 +54,9 @@ def evaluate(
     """
     if base is not None and restore is None:
         raise UserError("a base is given, but no part to put back", mend="Give --restore as well.")
-    twice = sorted({task for task in tasks if list(tasks).count(task) > 1})
+    protocols = [load_protocol(task) for task in tasks]
+    names = [protocol.task for protocol in protocols]
+    twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"tasks are given twice: {some(twice)}", mend="Name each task once.")
     if output.exists() and not output.is_dir():
@@ -62,7 +64,6 @@ def evaluate(
             "this is a file, no folder for results", where=output, mend="Give another --output_path."
         )
     began = time.perf_counter()
-    protocols = [load_protocol(task) for task in tasks]
     asked = [(protocol, *protocol.questions(split, root)) for protocol in protocols]
     if restore is not None:
         base = find_base(model_folder, base)
@@ -140,7 +141,7 @@ def evaluate_suite(
     return [
         evaluate(
             model_folder,
-            suite.tasks,
+            suite.given,
             place / suite.folder(split, part),
             split=split,
             skip_done=True,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import Formatter, ascii_uppercase
@@ -21,6 +22,7 @@ from mmtune.evaluation.metrics import FORMATS
 from mmtune.evaluation.metrics.base import Question
 from mmtune.evaluation.score import find_rule, read_questions
 
+_NAME = re.compile(r"[A-Za-z0-9][\w-]*")
 PLACEHOLDERS = ("question", "choices", "options", "context")
 
 
@@ -50,6 +52,8 @@ class Protocol:
     options: dict[str, Any] = field(default_factory=dict)
 
     def check(self, fault: Report) -> None:
+        if not _NAME.fullmatch(self.task):
+            fault("task", f"'{self.task}' is no name", "Use letters, digits, - and _: files are named by it.")
         if self.format not in FORMATS.names():
             fault(
                 "format", f"unknown annotation format '{self.format}'", nearest(self.format, FORMATS.names())
@@ -137,8 +141,8 @@ class Protocol:
 
 
 @dataclass(frozen=True)
-class Suite:
-    """Tasks the model could do before (source) and the ones it is tuned for (target)."""
+class SuiteFile:
+    """A suite as its YAML has it: each entry is a task's name, or the path of a protocol of one's own."""
 
     name: str
     source: list[str]
@@ -150,16 +154,42 @@ class Suite:
             if not getattr(self, key):
                 fault(key, "an empty list", "A suite needs at least one source and one target task.")
             for i, task in enumerate(getattr(self, key)):
-                if task not in task_names():
+                name = task
+                if is_path(task):
+                    try:
+                        name = load_protocol(task).task
+                    except UserError as error:
+                        for each in error.faults:
+                            fault(f"{key}.{i}", f"{each.where}: {each.what}", each.mend)
+                        continue
+                elif task not in task_names():
                     fault(f"{key}.{i}", f"unknown task '{task}'", nearest(task, task_names()))
-                if task in seen:
-                    fault(f"{key}.{i}", f"task '{task}' is given twice", "Keep one of the two.")
-                seen.add(task)
+                if name in seen:
+                    fault(f"{key}.{i}", f"task '{name}' is given twice", "Keep one of the two.")
+                seen.add(name)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks the model could do before (source) and the ones it is tuned for (target), by their names.
+
+    files: the protocol's path of each task that is the user's own.
+    """
+
+    name: str
+    source: list[str]
+    target: list[str]
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[str]:
         """All of them, source first."""
         return [*self.source, *self.target]
+
+    @property
+    def given(self) -> list[str]:
+        """All of them as `load_protocol` takes them: by name, the user's own by path."""
+        return [self.files.get(task, task) for task in self.tasks]
 
     def folder(self, split: str | None = None, restored: str | None = None) -> Path:
         """Where the suite's evaluation lies under a run: eval/SUITE-SPLIT.
@@ -176,17 +206,43 @@ def task_names() -> list[str]:
     return sorted(path.stem for path in share("eval").glob("*.yaml"))
 
 
+def is_path(name: str) -> bool:
+    """Whether a task or a suite is given by the path of its YAML, not by its name."""
+    return name.endswith((".yaml", ".yml"))
+
+
 def load_protocol(task: str) -> Protocol:
-    """A task's protocol by name. Raises UserError that lists the known ones."""
-    protocol: Protocol = parse_named(Protocol, "task", share("eval"), task, "task")
+    """A task's protocol by name, or from a YAML file of the user's own.
+
+    Raises UserError, which lists the known names, or names the file.
+    """
+    protocol: Protocol
+    if not is_path(task):
+        protocol = parse_named(Protocol, "task", share("eval"), task, "task")
+        return protocol
+    source = Source(Path(task))
+    protocol = parse(Protocol, source)
+    shipped = share("eval") / f"{protocol.task}.yaml"
+    if shipped.is_file() and not shipped.samefile(task):
+        raise UserError(
+            f"it calls itself '{protocol.task}', which is a task of mmtune's own",
+            where=source.where(("task",)),
+            mend="Give it a name of its own: results are told apart by it.",
+        )
     return protocol
 
 
 def load_suite(name: str) -> Suite:
     """A suite by name, or from a YAML file of the user's own. Raises UserError."""
-    suite: Suite
-    if name.endswith((".yaml", ".yml")):
-        suite = parse(Suite, Source(Path(name)))
+    found: SuiteFile
+    if is_path(name):
+        found = parse(SuiteFile, Source(Path(name)))
     else:
-        suite = parse_named(Suite, "suite", share("eval") / "suites", name)
-    return suite
+        found = parse_named(SuiteFile, "suite", share("eval") / "suites", name)
+    names = {task: load_protocol(task).task for task in [*found.source, *found.target] if is_path(task)}
+    return Suite(
+        found.name,
+        [names.get(task, task) for task in found.source],
+        [names.get(task, task) for task in found.target],
+        files={own: path for path, own in names.items()},
+    )

@@ -195,7 +195,7 @@ def _decode(paths: Iterable[Path]) -> None:
 def _check_evaluation(options: EvaluateOptions) -> None:
     """The suite, each task's annotation file, and whether the pictures it names are there."""
     faults: list[Fault] = []
-    for task in load_suite(options.suite).tasks:
+    for task in load_suite(options.suite).given:
         try:
             protocol = load_protocol(task)
             questions, file = protocol.questions(options.split, options.root)

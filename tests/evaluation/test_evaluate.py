@@ -13,9 +13,10 @@ from rich.console import Console
 
 from mmtune.cli import main
 from mmtune.core.errors import UserError
+from mmtune.core.files import share
 from mmtune.evaluation.evaluate import evaluate, evaluate_suite, parse_gen_kwargs, print_results
 from mmtune.evaluation.metrics.base import Question
-from mmtune.evaluation.protocol import Protocol, Suite, load_protocol
+from mmtune.evaluation.protocol import Protocol, Suite, load_protocol, load_suite
 from mmtune.parts.fingerprint import model_hash
 from mmtune.parts.model import VisionLanguageModel
 from mmtune.training.loop import train
@@ -282,6 +283,21 @@ def test_each_task_on_its_own_reporting_split(place: Path, monkeypatch: pytest.M
 def test_a_task_given_twice(place: Path) -> None:
     with pytest.raises(UserError, match="given twice: tiny_text"):
         evaluate(Path("base"), ["tiny_text", "tiny_colour", "tiny_text"], place)
+
+
+def test_a_suite_with_a_task_of_ones_own(place: Path) -> None:
+    """Its results stand under the task's own name, not under the path of its file."""
+    own = place / "any_name.yaml"
+    shipped = (share("eval") / "tiny_text.yaml").read_text()
+    own.write_text(shipped.replace("task: tiny_text", "task: mine").replace("Answer briefly.", "Answer!"))
+    suite_file = place / "suite.yaml"
+    suite_file.write_text(f"name: both\nsource: [tiny_text]\ntarget: [{own}]\n")
+    [made] = evaluate_suite(Path("base"), load_suite(str(suite_file)), place, "val", limit=2)
+    assert list(made["results"]) == ["tiny_text", "mine"]
+    rows = samples(place / "eval" / "both-val", "mine")
+    assert [row["prompt"].endswith("\nAnswer!") for row in rows] == [True, True]
+    with pytest.raises(UserError, match="given twice: mine"):
+        evaluate(Path("base"), [str(own), str(own)], place)
 
 
 def test_the_annotations_are_read_before_the_model(place: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mmtune.core.errors import UserError
+from mmtune.core.files import share
 from mmtune.evaluation.metrics.base import Question
 from mmtune.evaluation.protocol import load_protocol, load_suite, task_names
 
@@ -156,6 +157,45 @@ def test_a_faulty_protocol(
     with pytest.raises(UserError) as caught:
         load_protocol("mine")
     assert fault in str(caught.value)
+
+
+def test_a_protocol_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "any_name.yaml"
+    file.write_text(PROTOCOL)
+    assert load_protocol(str(file)).task == "mine"
+    for old, new, fault in (
+        (
+            "task: mine",
+            "task: textvqa",
+            "line 2, task: it calls itself 'textvqa', which is a task of mmtune's",
+        ),
+        ("task: mine", "task: my/task", "line 2, task: 'my/task' is no name"),
+        ("rule: exact", "rule: m4c", "line 5, rule: unknown rule 'm4c'"),
+    ):
+        file.write_text(PROTOCOL.replace(old, new))
+        with pytest.raises(UserError, match=f"{file}, {fault}"):
+            load_protocol(str(file))
+    with pytest.raises(UserError, match=r"no\.yaml: no such file"):
+        load_protocol(str(tmp_path / "no.yaml"))
+    shipped = load_protocol("textvqa")
+    assert load_protocol(str(share("eval") / "textvqa.yaml")) == shipped
+
+
+def test_a_suite_of_ones_own_tasks(tmp_path: Path) -> None:
+    own = tmp_path / "any_name.yaml"
+    own.write_text(PROTOCOL)
+    file = tmp_path / "suite.yaml"
+    file.write_text(f"name: both\nsource: [tiny_text, {own}]\ntarget: [tiny_place]\n")
+    suite = load_suite(str(file))
+    assert (suite.source, suite.target) == (["tiny_text", "mine"], ["tiny_place"])
+    assert suite.tasks == ["tiny_text", "mine", "tiny_place"]
+    assert [load_protocol(task).task for task in suite.given] == suite.tasks
+    file.write_text(f"name: both\nsource: [{own}]\ntarget: [{own}]\n")
+    with pytest.raises(UserError, match=r"target\.0: task 'mine' is given twice"):
+        load_suite(str(file))
+    own.write_text(PROTOCOL.replace("rule: exact", "rule: m4c"))
+    with pytest.raises(UserError, match=rf"suite\.yaml, line 2, source\.0: {own}.*unknown rule 'm4c'"):
+        load_suite(str(file))
 
 
 def test_each_task_has_a_split_of_its_own_to_report() -> None:

@@ -148,7 +148,9 @@ def test_the_filters_find_what_the_files_say(folder: Path, tab: browser.Page) ->
     choose(tab, flip="", category="", text="question 17:")
     assert shown(tab) == 1
     seventeenth = base[TASKS[1]][17]
-    assert f"question {seventeenth['question_id']}" in tab.value("document.querySelector('#found .from').textContent")
+    assert f"question {seventeenth['question_id']}" in tab.value(
+        "document.querySelector('#found .from').textContent"
+    )
 
 
 def test_the_address_keeps_a_view(folder: Path, tab: browser.Page) -> None:

@@ -43,7 +43,7 @@ _YES_NO = re.compile(
     r"(yes|no)(?=\s*[,.;:!\n]|\s+(?:it|there|they|he|she|the|this|that|these|those|i|we|you)\b)", re.I
 )
 _LETTERED = re.compile(
-    r"(?:(?:option|choice|letter)\s+)?([A-Za-z])(?:[\])*]*[.):,]+\s*(?P<rest>.*))?", re.I | re.S
+    r"(?:(?:option|choice|letter)\s+)?((?-i:[A-Za-z]))(?:[\])*]*[.):,]+\s*(?P<rest>.*))?", re.I | re.S
 )
 _CAPITAL = re.compile(r"\b[A-Z]\b")
 _WORD = re.compile(r"\w+(?:[-'.,:/]\w+)*")

@@ -147,6 +147,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(run=_report)
 
+    compare = commands.add_parser("compare", help="two folders of results, lmms-eval's too, paired")
+    compare.add_argument("a", type=Path, metavar="A", help="a folder with results.json, or lmms-eval's")
+    compare.add_argument("b", type=Path, metavar="B", help="the same; every difference is B less A")
+    compare.add_argument(
+        "--task", action="append", default=[], metavar="NAME", help="a task, or NAME_IN_A=NAME_IN_B"
+    )
+    compare.add_argument("--output_path", type=Path, help="write compare.json here")
+    compare.set_defaults(run=_compare)
+
     sweep = commands.add_parser("sweep", help="train and evaluate a grid of overrides; ends in one report")
     sweep.add_argument("yaml", type=Path)
     sweep.add_argument("overrides", nargs="*", metavar="key=value")
@@ -288,6 +297,15 @@ def _report(options: argparse.Namespace) -> None:
     thumbnails = options.thumbnails * 1_000_000
     report = make_report(options.base, options.runs, suite, options.split, options.output_path, thumbnails)
     print_report(report, _console())
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from mmtune.evaluation.compare import compare, print_comparison
+
+    report = compare(options.a, options.b, options.task, options.output_path)
+    print_comparison(report, _console())
+    if options.output_path:
+        print(f"Written: {options.output_path / 'compare.json'}")
 
 
 def _sweep(options: argparse.Namespace) -> None:

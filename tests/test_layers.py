@@ -25,9 +25,11 @@ evaluation.restore evaluation.results evaluation.evaluate
 evaluation.significance
 evaluation.forgetting
 evaluation.differences
+evaluation.folders
 evaluation.attribution evaluation.answers
 evaluation.terminal evaluation.frontier evaluation.examples evaluation.thumbnails evaluation.browser
 evaluation.provenance evaluation.page evaluation.report
+evaluation.compare
 run
 training.folder training.plan training.optim training.checkpoint training.meter training.signals
 training.loop training.check

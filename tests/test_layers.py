@@ -18,6 +18,7 @@ parts.connector.base parts.connector.linear parts.connector.mlp
 parts.language parts.model
 tuning.base tuning.penalty tuning.frozen tuning.full tuning.lora tuning.sculpt tuning.kl
 evaluation.metrics.base evaluation.metrics.repair
+evaluation.metrics.ptb evaluation.metrics.coco_java evaluation.metrics.captions
 evaluation.metrics.vqa evaluation.metrics.iconqa evaluation.metrics.exact
 evaluation.metrics.gqa evaluation.metrics.ocrvqa evaluation.metrics.scienceqa evaluation.metrics.pope
 evaluation.metrics evaluation.score evaluation.protocol evaluation.generate

@@ -103,7 +103,7 @@ def score_predictions(
             f"predictions for ids that are not in the annotation file: {some(sorted(unknown))}",
             mend="Score against the file that the predictions were made for.",
         )
-    score = found.prepare(questions) if isinstance(found, OverAll) else found
+    score = found.prepare(questions, predictions) if isinstance(found, OverAll) else found
     per_question: list[dict[str, Any]] = [
         {
             "question_id": question.id,
@@ -123,6 +123,8 @@ def score_predictions(
     if missing:
         share = f"{len(missing)} of {len(questions)}"
         warnings.append(f"{share} questions have no prediction and count as wrong: {some(missing)}")
+    if hasattr(scorer, "warn"):
+        warnings += scorer.warn(questions, predictions)
     return TaskScore(
         task=protocol.task,
         rule=name,
@@ -175,10 +177,10 @@ class _Row(NamedTuple):
 def read_predictions(path: Path, questions: Sequence[Question]) -> dict[str, str]:
     """Question id -> predicted text, from JSONL or a JSON list of answers, or a JSON map of id to text.
 
-    An answer has a `question_id` (GQA: `questionId`), a text under `text` (LLaVA and mmtune), `answer`
-    (VQA, EvalAI) or `prediction` (GQA), and maybe its `prompt`. Where no id is a question's, as in LLaVA's
-    answers to TextVQA, which carry the image's id, answers are matched by image and question: the first
-    line of the prompt, but for case.
+    An answer has a `question_id` (GQA: `questionId`; captions: `image_id`), a text under `text` (LLaVA and
+    mmtune), `answer` (VQA, EvalAI), `prediction` (GQA) or `caption`, and maybe its `prompt`. Where no id is a
+    question's, as in LLaVA's answers to TextVQA, which carry the image's id, answers are matched by image and
+    question: the first line of the prompt, but for case.
     A text of null is no prediction (`mmtune score --per_sample` writes it for a missing one).
     Raises UserError, naming lines and ids, for answers that belong to no question and for second ones.
     """
@@ -238,7 +240,7 @@ def _matched(path: Path, matches: Sequence[tuple[_Row, str | None]]) -> dict[str
 def _read_rows(path: Path) -> list[_Row]:
     text = read_text(path)
     pairs = _pairs(text)
-    if pairs and not {"question_id", "questionId"} & {key for key, _ in pairs}:
+    if pairs and not {"question_id", "questionId", "image_id"} & {key for key, _ in pairs}:
         named = [(f"{path}, '{key}'", key, value) for key, value in pairs]
         rows = [_Row(where, key, _text(value, where), None) for where, key, value in named]
     elif text.lstrip().startswith("["):
@@ -271,15 +273,17 @@ def _row(row: Any, where: str) -> _Row:
             where=where,
             mend="An answer is {'question_id': ..., 'text': ...}.",
         )
-    identity = row.get("question_id", row.get("questionId"))
+    keys = [key for key in ("question_id", "questionId", "image_id") if key in row]
+    identity = row[keys[0]] if keys else None
     if not isinstance(identity, str | int) or isinstance(identity, bool):
         raise UserError("it has no 'question_id'", where=where, mend=f"Found: {', '.join(row) or 'nothing'}.")
     where = f"{where}, question_id {identity}"
-    names = [name for name in ("text", "answer", "prediction") if name in row]
+    names = [name for name in ("text", "answer", "prediction", "caption") if name in row]
     # Not the first of several: an answer file that also holds the right answers would score itself.
     if len(names) != 1:
+        found = " and ".join(names) or "none"
         raise UserError(
-            f"expected one of 'text', 'answer' and 'prediction', found {' and '.join(names) or 'none'}",
+            f"expected one of 'text', 'answer', 'prediction' and 'caption', found {found}",
             where=where,
             mend="LLaVA's answer files name the predicted text 'text'.",
         )

@@ -1,12 +1,13 @@
 """One file per official scorer, all free of torch; `FORMATS` names the annotation formats they read."""
 
 from mmtune.core.table import Table
-from mmtune.evaluation.metrics import exact, gqa, iconqa, ocrvqa, pope, scienceqa, vqa
+from mmtune.evaluation.metrics import captions, exact, gqa, iconqa, ocrvqa, pope, scienceqa, vqa
 
-__all__ = ["FORMATS", "exact", "gqa", "iconqa", "ocrvqa", "pope", "scienceqa", "vqa"]
+__all__ = ["FORMATS", "captions", "exact", "gqa", "iconqa", "ocrvqa", "pope", "scienceqa", "vqa"]
 
 # Each entry is a module: read(path, **options) -> questions, RULES (name -> rule), METRIC; and, where it has
-# them, UNIT (of a point, by default "%") and also(questions, predictions, rule, scores) -> further figures.
+# them, UNIT (of a point, by default "%"), also(questions, predictions, rule, scores) -> further figures, and
+# warn(questions, predictions) -> what has to be said beside the score.
 FORMATS = Table(
     "annotation format",
     {
@@ -16,6 +17,7 @@ FORMATS = Table(
         "ocrvqa": "mmtune.evaluation.metrics:ocrvqa",
         "scienceqa": "mmtune.evaluation.metrics:scienceqa",
         "pope": "mmtune.evaluation.metrics:pope",
+        "captions": "mmtune.evaluation.metrics:captions",
         "llava_jsonl": "mmtune.evaluation.metrics:exact",
     },
 )

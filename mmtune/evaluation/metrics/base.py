@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from pathlib import Path
@@ -54,7 +54,8 @@ Rule = Callable[[Question, str], float]
 class OverAll:
     """A rule that has to see all questions first: CIDEr weighs words by their rarity in the references."""
 
-    prepare: Callable[[Sequence[Question]], Rule]
+    prepare: Callable[[Sequence[Question], Mapping[str, str]], Rule]
+    """Of all questions and the predictions (question id -> text) that there are."""
 
 
 @dataclass(frozen=True)

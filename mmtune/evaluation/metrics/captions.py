@@ -254,7 +254,7 @@ def read(path: Path, split: str = "test", image: str = "") -> list[Question]:
         raise UserError(f"images without captions: {some(without)}", where=path, mend="Leave them out.")
     return checked(
         [
-            _question(identity, several, _picture(image, identity) if image else names.get(identity) or None)
+            _question(identity, several, _picture(image, identity) or names.get(identity) or None)
             for identity, several in captions.items()
         ],
         path,
@@ -287,7 +287,10 @@ def _question(identity: str, captions: list[str], picture: str | None) -> Questi
 
 
 def _picture(template: str, identity: str) -> str:
-    return image_path(template, int(identity) if identity.isdecimal() else identity)
+    """The picture's path; nothing for a template that pads numbers where the id is none."""
+    if not identity.isdecimal():
+        return "" if ":" in template else image_path(template, identity)
+    return image_path(template, int(identity))
 
 
 def _object(row: Any, where: str) -> dict[str, Any]:

@@ -51,7 +51,9 @@ _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-
 _BRACKET = re.compile(r"[()\[\]{}]")
 
 # Java's lexer knows no characters beyond the first plane, emoji among them.
-_UNKNOWN = re.compile("[\x00-\x1f\x7f-\x9f\u200b\u2028\u2029\ufeff\ufffd\U00010000-\U0010ffff]")
+_UNKNOWN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028\u2029\ufe00-\ufe0f\ufeff\ufffd\U00010000-\U0010ffff]"
+)
 
 
 def _any(names: str) -> str:
@@ -68,13 +70,13 @@ _TOKEN = re.compile(
     (?P<plain>      [^\W\d_\u00b2-\u00be]+ (?=[ ,]|$) )
   | (?P<tag>        <[!?/]?[A-Za-z][^<>]*> )
   | (?P<url>        (?:https?|ftp)://[^\s"<>|()]+[^\s"<>|().,;:!?'-] )
-  | (?P<mail>       [A-Za-z0-9][\w.+-]*@[A-Za-z][\w-]*(?:\.[\w-]+)* | [@#][A-Za-z_]\w* )
+  | (?P<mail>       [A-Za-z0-9][\w.+-]{{0,63}}@[A-Za-z][\w-]*(?:\.[\w-]+)* | [@#][A-Za-z_]\w* )
   | (?P<smiley>     [<>]?[:;=][-o*']?[()DPdpO\\{{@|\[\]](?!\w) )
   | (?P<fraction>   \(\d{{3}}\)[ -]?\d{{3}}-\d{{4}} | (?:\d{{1,4}}[- ])?\d{{1,4}}/\d{{1,4}}(?![\w/]|-\w) )
   | (?P<clitic>     {_APOS}(?:s|m|d|re|ve|ll)(?!\w) | n{_APOS}t(?!\w) )
   | (?P<negated>    {_LETTER}+(?=n['\u2019`]t(?!\w)) | n`t(?!\w) )
   | (?P<apostrophe> (?!^){_APOS}n(?:{_APOS}|(?!\w)) | (?<!\w){_APOS}(?:em|till?|cause)(?!\w)
-                  | (?<=\ ){_APOS}(?:[2-9]0s|\d\d)(?![^\s,.]) | {_APOS}t(?=is\b|was\b)
+                  | (?<![^ ]){_APOS}(?:[2-9]0s|\d\d)(?![^\s,.]) | {_APOS}t(?=is\b|was\b)
                   | c{_APOS}mon | s{_APOS}mores | nor{_APOS}easter | ol{_APOS} | y{_APOS}(?=all\b)
                   | o{_APOS}{_LETTER}{{2,}} | [ldj]{_APOS}{_LETTER}+ | (?-i:[A-HJ-XZ]){_APOS}{_LETTER}{{2,}}
                   | {_LETTER}*[aeiouy](?!{_APOS}(?:s|m|d|re|ve|ll)(?!\w)){_APOS}(?-i:[aeiouA-Z]){_LETTER}* )
@@ -89,8 +91,8 @@ _TOKEN = re.compile(
   | (?P<currency>   (?-i:[A-Z]*)\$ )
   | (?P<word>       c\+\+ | {_LETTER}{_ALNUM}*(?:_{_ALNUM}+)*(?:[.!?]{_LETTER}{_ALNUM}*)* )
   | (?P<number>     \d+(?:\.\d+)*\.?{_LETTER}{_ALNUM}* | [-+]?(?:\d+(?:[.,:]\d+)*|(?:[.,:]\d+)+) )
-  | (?P<dropped>    \.+ | [.,;"“”«»'‘’‹›`–—―…] | &(?:quot|nbsp|apos); )
-  | (?P<mark>       [!?]+ | -- (?!-) | -+ | \*+ | _+ | <+ | >+ | &(?:amp|lt|gt); | \S )
+  | (?P<dropped>    \.+ | -{{1,4}}(?!-) | [.,;"“”«»'‘’‹›`–—―…] | &(?:quot|nbsp|apos); )
+  | (?P<mark>       [!?]+ | -+ | \*+ | _+ | <+ | >+ | &(?:amp|lt|gt); | \S )
     """,
     re.VERBOSE | re.IGNORECASE,
 )

@@ -181,7 +181,7 @@ def written(tmp_path: Path, content: object, name: str = "captions.json") -> Pat
     return path
 
 
-COCO = {
+COCO: dict[str, Any] = {
     "images": [{"id": 9, "file_name": "9.jpg"}, {"id": "x", "file_name": "x.jpg"}],
     "annotations": [
         {"image_id": "x", "id": 1, "caption": "a cat"},
@@ -246,7 +246,7 @@ def test_broken_files_are_refused(tmp_path: Path, content: Any, said: str) -> No
 
 def test_predictions_in_cocos_and_llavas_layouts(tmp_path: Path) -> None:
     annotations = written(tmp_path, COCO)
-    rows = [{"image_id": 9, "caption": "a dog"}, {"image_id": "x", "caption": "a cat"}]
+    rows: list[dict[str, Any]] = [{"image_id": 9, "caption": "a dog"}, {"image_id": "x", "caption": "a cat"}]
     expected = score_file(TASK, written(tmp_path, rows, "list.json"), annotations)
     assert expected.missing == 0 and expected.score > 0
     lines = tmp_path / "lines.jsonl"

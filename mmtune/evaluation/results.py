@@ -102,6 +102,7 @@ def sample_rows(
             "image": question.image,
             "answers": target,
             "choices": list(question.choices),
+            "choice_images": list(question.choice_images),
             "category": question.category,
         }
         rows.append(

@@ -75,6 +75,8 @@ def test_samples_have_the_names_of_lmms_eval(made: tuple[Path, dict[str, Any]]) 
             assert row["input"] == row["prompt"] == row["arguments"][0]
             assert row["resps"] == [row["prediction"]] == [row["filtered_resps"]]
             assert row["target"] == row["doc"]["answers"]
+            # lmms-eval's --baseline takes the first key with "score" in its name.
+            assert next(row[key] for key in row if "score" in key) == row["score"]
             assert row["category"] == row["doc"]["category"]
             assert (Path(results["images"][task]) / row["image"]).is_file()
             hashed = json.dumps(row["doc"], indent=2, ensure_ascii=False).encode()

@@ -184,8 +184,8 @@ def score_reading(doc, results):
 METRIC = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
 LOOSE = {**METRIC, "ignore_case": True, "ignore_punctuation": True}
 # What of its results.json is about lmms-eval itself.
-ONLY_THEIRS = """lmms_eval_version git_branch usage efficiency throughput system_instruction start_time end_time
-system_instruction_sha fewshot_as_multiturn chat_template chat_template_sha""".split()
+ONLY_THEIRS = """lmms_eval_version git_branch usage efficiency throughput start_time end_time
+system_instruction system_instruction_sha fewshot_as_multiturn chat_template chat_template_sha""".split()
 
 
 def write_tasks(folder: Path, root: Path) -> None:

@@ -1,19 +1,25 @@
-"""Answers to a task's questions: batched, left-padded, longest prompts first, with progress."""
+"""Answers to a task's questions: batched, longest prompts first, with progress, shared out over processes."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mmtune.core import processes
 from mmtune.core.errors import UserError
 from mmtune.core.files import inside
 from mmtune.data.batches import load_images, pad
+from mmtune.evaluation.likelihood import Asked, likeliest, likelihoods
 from mmtune.evaluation.metrics.base import Question
 from mmtune.evaluation.protocol import Protocol
 from mmtune.parts.model import VisionLanguageModel
@@ -27,42 +33,156 @@ def generate_answers(
     batch_size: int,
     max_new_tokens: int | None = None,
 ) -> dict[str, str]:
-    """Greedy answers, question id -> text. Raises UserError for a picture that is missing or broken."""
+    """Answers, question id -> text. As `answer_in_batches`, of which this gathers all."""
+    batches = answer_in_batches(model, protocol, questions, image_root, batch_size, max_new_tokens)
+    return {row["question_id"]: row["text"] for rows in batches for row in rows}
+
+
+def answer_in_batches(
+    model: VisionLanguageModel,
+    protocol: Protocol,
+    questions: Sequence[Question],
+    image_root: Path,
+    batch_size: int,
+    max_new_tokens: int | None = None,
+    done: Collection[str] = (),
+    name: str = "",
+) -> Iterator[list[dict[str, Any]]]:
+    """The answers of a batch after the other: rows of `question_id` and `text`.
+
+    Answers are greedy, or, where the protocol decodes by likelihood, the likeliest of the options; then
+    `loglikelihood` and `loglikelihood_per_token` list those of all options. done: ids of questions that are
+    answered already; a batch of nothing else is left out. What makes up a batch depends on neither `done` nor
+    the number of processes, of which each takes its share of the batches. name: what the progress is called.
+
+    Raises UserError for a picture that is missing or broken, and for a prompt longer than the context.
+    """
     prompts = {question.id: model.chat.prompt(protocol.turns(question)) for question in questions}
-    context = model.chat.context
-    for question in questions:
-        if len(prompts[question.id]) >= context:
-            raise UserError(
-                f"{len(prompts[question.id])} tokens are asked, the model's context has {context}",
-                where=f"task {protocol.task}, question {question.id}",
-                mend="Take a model with a longer context.",
-            )
+    _check_length(prompts, protocol, model.chat.context)
     # Longest first: running out of memory shows at once, and a batch holds prompts of similar length.
     order = sorted(questions, key=lambda question: -len(prompts[question.id]))
-    device = next(model.parameters()).device
-    answers: dict[str, str] = {}
-    console = Console(stderr=True)
-    columns = (TextColumn(protocol.task), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    began = time.perf_counter()
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    missing = [batch for batch in batches if any(question.id not in done for question in batch)]
+    share = missing[processes.rank() :: processes.count()]
     model.eval()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(protocol.task, total=len(order))
-        for start in range(0, len(order), batch_size):
-            asked = order[start : start + batch_size]
-            batch = pad([prompts[question.id] for question in asked], model.language.pad_id, left=True)
-            paths = [inside(image_root, image) for question in asked for image in question.images]
-            batch.images = load_images(paths, model.transform)
-            produced = model.generate(batch.to(device), max_new_tokens or protocol.max_new_tokens)
-            for question, ids in zip(asked, produced, strict=True):
-                text = model.language.tokenizer.decode(ids, skip_special_tokens=True)
-                answers[question.id] = str(text).strip()
-            progress.update(bar, completed=len(answers))
-    if not console.is_terminal:
-        seconds = time.perf_counter() - began
-        print(f"{protocol.task}: {len(answers)} answers in {seconds:.1f} s", file=sys.stderr, flush=True)
-    return answers
+    with (
+        _progress(name or protocol.task, sum(map(len, share))) as advance,
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+    ):
+        decoding = [_decode(pool, model, image_root, batch) for batch in share[:1]]
+        for number, batch in enumerate(share):
+            # The next batch's pictures are decoded while the model is busy with these.
+            decoding += [_decode(pool, model, image_root, later) for later in share[number + 1 : number + 2]]
+            pictures = [picture.result() for picture in decoding.pop(0)]
+            if protocol.decode == "likelihood":
+                rows = _choose(model, protocol, batch, pictures, batch_size)
+            else:
+                asked = [prompts[question.id] for question in batch]
+                most = max_new_tokens or protocol.max_new_tokens
+                rows = _generate(model, protocol.stop, batch, asked, pictures, most)
+            yield rows
+            advance(len(rows))
 
 
 def best_device() -> torch.device:
-    """The accelerator where there is one, otherwise the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's accelerator where there is one, otherwise the CPU.
+
+    Raises UserError where there are fewer accelerators than processes on this machine.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local + 1} of this machine finds {torch.cuda.device_count()} GPUs",
+            mend="Start no more processes than there are GPUs.",
+        )
+    return torch.device("cuda", local)
+
+
+def _check_length(prompts: dict[str, list[int]], protocol: Protocol, context: float) -> None:
+    for name, ids in prompts.items():
+        if len(ids) >= context:
+            raise UserError(
+                f"{len(ids)} tokens are asked, the model's context has {context}",
+                where=f"task {protocol.task}, question {name}",
+                mend="Take a model with a longer context.",
+            )
+
+
+def _decode(
+    pool: ThreadPoolExecutor, model: VisionLanguageModel, image_root: Path, batch: Sequence[Question]
+) -> list[Future[torch.Tensor]]:
+    """The pictures [n, 3, S, S] of each question, decoded in threads; one that several share only once."""
+    paths = {question.id: tuple(inside(image_root, image) for image in question.images) for question in batch}
+    started = {each: pool.submit(load_images, each, model.transform) for each in set(paths.values())}
+    return [started[paths[question.id]] for question in batch]
+
+
+def _generate(
+    model: VisionLanguageModel,
+    stop: list[str],
+    batch: Sequence[Question],
+    prompts: list[list[int]],
+    pictures: list[torch.Tensor],
+    max_new_tokens: int,
+) -> list[dict[str, Any]]:
+    padded = pad(prompts, model.language.pad_id, left=True)
+    padded.images = torch.cat(pictures)
+    device = next(model.parameters()).device
+    produced = model.generate(padded.to(device), max_new_tokens, stop)
+    texts = [str(model.language.tokenizer.decode(ids, skip_special_tokens=True)) for ids in produced]
+    return [
+        {"question_id": question.id, "text": _cut(text, stop).strip()}
+        for question, text in zip(batch, texts, strict=True)
+    ]
+
+
+def _cut(text: str, stop: Sequence[str]) -> str:
+    """What stands before the first of the strings."""
+    return text[: min((text.find(string) for string in stop if string in text), default=len(text))]
+
+
+def _choose(
+    model: VisionLanguageModel,
+    protocol: Protocol,
+    batch: Sequence[Question],
+    pictures: list[torch.Tensor],
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    asked = [
+        Asked(question.id, protocol.turns(question), protocol.candidates(question), own)
+        for question, own in zip(batch, pictures, strict=True)
+    ]
+    return [
+        {
+            "question_id": each.id,
+            "text": each.options[likeliest(found)],
+            "loglikelihood": [option.total for option in found],
+            "loglikelihood_per_token": [option.per_token for option in found],
+        }
+        for each, found in zip(asked, likelihoods(model, asked, batch_size), strict=True)
+    ]
+
+
+@contextmanager
+def _progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with the time that is left, or, where nobody watches, a line at the end. The first process's own."""
+    console = Console(stderr=True)
+    watched = console.is_terminal and processes.rank() == 0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    if processes.count() > 1:
+        name += f", process 1 of {processes.count()}"
+    began, made = time.perf_counter(), 0
+    with Progress(*columns, console=console, disable=not watched) as progress:
+        bar = progress.add_task(name, total=total)
+
+        def advance(count: int) -> None:
+            nonlocal made
+            made += count
+            progress.update(bar, completed=made)
+
+        yield advance
+    if not watched and processes.rank() == 0:
+        seconds = time.perf_counter() - began
+        print(f"{name}: {made} answers in {seconds:.1f} s", file=sys.stderr, flush=True)

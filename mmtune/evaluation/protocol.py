@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import Formatter, ascii_uppercase
-from typing import Any
+from typing import Any, Literal
 
 from mmtune.core.config import Report, Source, parse, parse_named, to_dict
 from mmtune.core.errors import UserError
@@ -36,7 +36,10 @@ class Protocol:
     annotations: the annotation file of each split; images: the pictures' folder; both relative to the
     data's root. report_split: the split whose score is reported: the test split, or the validation split
     where the test answers are not public. options: further arguments of the format's reader, in which
-    {split} is filled in.
+    {split} is filled in. stop: strings at which a generated answer is cut; what it says from there on is
+    left out. decode: `generate` asks for an answer in the model's own words, `likelihood` takes the choice
+    that the model finds likeliest as the answer. options_as: what then stands for a choice, its letter or its
+    text; by default its letter where the prompt shows lettered {options}.
     """
 
     task: str
@@ -50,6 +53,9 @@ class Protocol:
     report_split: str = "test"
     images: str = "."
     options: dict[str, Any] = field(default_factory=dict)
+    stop: list[str] = field(default_factory=list)
+    decode: Literal["generate", "likelihood"] = "generate"
+    options_as: Literal["letter", "text"] | None = None
 
     def check(self, fault: Report) -> None:
         if not _NAME.fullmatch(self.task):
@@ -68,6 +74,8 @@ class Protocol:
             fault(
                 "report_split", f"there are no annotations of split '{self.report_split}'", f"Known: {known}."
             )
+        if "" in self.stop:
+            fault("stop", "an empty string would end every answer before it begins", "Leave it out.")
         try:
             names = [name for _, name, _, _ in Formatter().parse(self.prompt) if name is not None]
         except ValueError as error:
@@ -132,11 +140,28 @@ class Protocol:
             )
         return [Turn("user", f"{IMAGE}\n{text}" if question.image else text)]
 
+    def candidates(self, question: Question) -> list[str]:
+        """What is said for each choice where likelihood decides, in their order.
+
+        Raises UserError for a question that has no choices.
+        """
+        if not question.choices:
+            raise UserError(
+                "it has no choices, so no likelihood can decide between them",
+                where=f"task {self.task}, question {question.id}",
+                mend="Let it be answered in words: decode: generate.",
+            )
+        lettered = self.options_as == "letter" or (self.options_as is None and "{options}" in self.prompt)
+        return list(ascii_uppercase[: len(question.choices)] if lettered else question.choices)
+
     @property
     def hash(self) -> str:
         """The first 16 hex digits of the SHA-256 of all that decides the score; where files lie does not."""
         indifferent = ("root", "about", "report_split")
         described = {name: value for name, value in to_dict(self).items() if name not in indifferent}
+        for name in ("stop", "decode", "options_as"):  # came later: left out, hashes stay what they were
+            if described[name] in ([], "generate", None):
+                del described[name]
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 

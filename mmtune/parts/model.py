@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from mmtune.core.config import Source, build, to_dict
 from mmtune.core.errors import UserError
@@ -123,8 +123,11 @@ class VisionLanguageModel(nn.Module):
         return any(p.requires_grad for part in (self.vision, self.connector) for p in part.parameters())
 
     @torch.no_grad()
-    def generate(self, batch: Batch, max_new_tokens: int) -> list[list[int]]:
-        """Greedy answers to left-padded prompts, without the end token."""
+    def generate(self, batch: Batch, max_new_tokens: int, stop: Sequence[str] = ()) -> list[list[int]]:
+        """Greedy answers to left-padded prompts, without the end token.
+
+        stop: a row ends with the token that completes one of these strings, which is left in.
+        """
         hf, ends = self.language.hf, self.end_ids
         own = hf.generation_config
         # A checkpoint may bring a repetition penalty or a list of suppressed words: not greedy any more.
@@ -139,6 +142,7 @@ class VisionLanguageModel(nn.Module):
                 use_cache=True,
                 eos_token_id=ends,
                 pad_token_id=self.language.pad_id,
+                stopping_criteria=StoppingCriteriaList([_Stop(self.language.tokenizer, stop)] if stop else []),
             )
         finally:
             hf.generation_config = own
@@ -323,6 +327,20 @@ def _resolved(weights: str, folder: Path) -> str:
             mend="Put them back, or correct 'weights' there.",
         )
     return weights
+
+
+class _Stop(StoppingCriteria):
+    """Ends a row once its text holds one of `strings`, however these fall into tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> None:
+        self.tokenizer = tokenizer
+        self.strings = strings
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
+        # Prompts go in as embeddings, so these are the ids of the answers alone.
+        texts = self.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+        held = [any(string in text for string in self.strings) for text in texts]
+        return torch.tensor(held, device=input_ids.device)  # type: ignore[return-value]
 
 
 def _until(ids: Sequence[int], ends: Sequence[int]) -> list[int]:

@@ -1,0 +1,59 @@
+"""Several processes that share one job, as torchrun and `accelerate launch` start them: which one this is, and
+where they wait for each other. Alone, nothing here does anything, nor imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from mmtune.core.errors import UserError
+
+PATIENCE = timedelta(days=2)  # the slowest process may be hours behind
+
+
+def rank() -> int:
+    """Which of the processes this is, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def count() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """A context in which the processes can wait for each other; left as it was found where one is open."""
+    if count() == 1:
+        yield
+        return
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        yield
+        return
+    # gloo, also beside GPUs: what is exchanged goes through files, and waiting needs no accelerator.
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def wait() -> None:
+    """Returns once all processes are here. Raises UserError where one of them has ended: it says why."""
+    if count() == 1:
+        return
+    import torch.distributed as dist
+
+    try:
+        dist.barrier()
+    except RuntimeError:
+        raise UserError(
+            "another process of this job has ended before its share was done",
+            where=f"process {rank()} of {count()}",
+            mend="Its own message says why. The same command goes on from the answers that are written.",
+        ) from None

@@ -102,6 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=_positive, help="only the first so many questions of each task")
     evaluate.add_argument("--gen_kwargs", default="", help="max_new_tokens=N, instead of the protocol's")
     evaluate.add_argument(
+        "--decode",
+        choices=["generate", "likelihood"],
+        help="an answer in the model's own words, or the likeliest of the options (default: the protocol's)",
+    )
+    evaluate.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
         default="float32",
@@ -246,6 +251,7 @@ def _train_and_evaluate(options: argparse.Namespace, signals: Signals) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
+    from mmtune.core.processes import rank
     from mmtune.evaluation.evaluate import evaluate, parse_gen_kwargs, print_results
     from mmtune.evaluation.protocol import load_suite
 
@@ -266,7 +272,10 @@ def _eval(options: argparse.Namespace) -> None:
         skip_done=options.skip_done,
         restore=options.restore[0] if options.restore else None,
         base=options.base,
+        decode=options.decode,
     )
+    if rank() > 0:
+        return
     if not options.predict_only:
         print_results(made, _console())
     print(f"results: {options.output_path}")

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mmtune"
 
 # From the ground floor up. A file may import any file that stands before it.
 ORDER = """
-core.errors core.files core.table core.config core.versions
+core.errors core.processes core.files core.table core.config core.versions
 data.chat data.image data.samples data.batches data.cards data.tiny data.tiny_tokenizer
 parts.spec parts.fingerprint parts.loading parts.vision.base parts.vision.clip
 parts.connector.base parts.connector.linear parts.connector.mlp
@@ -21,8 +21,8 @@ evaluation.metrics.base evaluation.metrics.repair
 evaluation.metrics.ptb evaluation.metrics.coco_java evaluation.metrics.captions
 evaluation.metrics.vqa evaluation.metrics.iconqa evaluation.metrics.exact
 evaluation.metrics.gqa evaluation.metrics.ocrvqa evaluation.metrics.scienceqa evaluation.metrics.pope
-evaluation.metrics evaluation.score evaluation.protocol evaluation.generate
-evaluation.restore evaluation.results evaluation.evaluate
+evaluation.metrics evaluation.score evaluation.protocol evaluation.likelihood evaluation.generate
+evaluation.unfinished evaluation.restore evaluation.results evaluation.evaluate
 evaluation.significance
 evaluation.forgetting
 evaluation.differences
@@ -36,7 +36,7 @@ training.folder training.plan training.optim training.checkpoint training.meter 
 training.loop training.check
 interop.lmms_eval
 experiments.sweep
-cli
+cli __main__
 """.split()
 
 

@@ -6,6 +6,7 @@ A folder made by `build` looks like a place where somebody works: `datasets/tiny
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from mmtune.data.tiny import Sizes, generate
 from mmtune.data.tiny_tokenizer import train_tokenizer
+from mmtune.evaluation.metrics.base import Question
 from mmtune.parts.model import assemble
 from mmtune.parts.spec import ConnectorOptions, LanguageOptions, ModelOptions, VisionOptions
 from mmtune.run import RunOptions, read_run
@@ -99,6 +101,14 @@ def run_file(world: Path, output: Path, name: str = "run", **changes: Any) -> Pa
 def run_options(world: Path, output: Path, name: str = "run", **changes: Any) -> RunOptions:
     """The same, read."""
     return read_run(run_file(world, output, name, **changes))
+
+
+def half_right(
+    model: object, protocol: object, questions: Sequence[Question], *_: object
+) -> list[list[dict[str, str]]]:
+    """Stands in for `answer_in_batches`: every second answer is the official one."""
+    texts = [question.answers[0] if i % 2 else "nothing" for i, question in enumerate(questions)]
+    return [[{"question_id": q.id, "text": text}] for q, text in zip(questions, texts, strict=True)]
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

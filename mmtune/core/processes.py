@@ -1,4 +1,4 @@
-"""Several processes that share one job, as torchrun and `accelerate launch` start them: which one this is, and
+"""Several processes that share one job, as torchrun starts them: which one this is, and
 where they wait for each other. Alone, nothing here does anything, nor imports torch.
 """
 

@@ -1,6 +1,7 @@
 """A model on a list of tasks: generates, scores, and writes results that say how they were made.
 
-Torch is imported only once there is something to generate.
+Answers are kept on the disk as they come, so that the same command goes on where one was killed; several
+processes may share them. Torch is imported only once there is something to generate.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mmtune.core import processes
 from mmtune.core.config import to_dict
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, write_json, write_text, writing
 from mmtune.core.versions import versions
-from mmtune.evaluation.metrics.base import some
-from mmtune.evaluation.protocol import Suite, load_protocol
+from mmtune.evaluation.metrics.base import Question, some
+from mmtune.evaluation.protocol import Protocol, Suite, load_protocol
 from mmtune.evaluation.restore import check_restorable, find_base
 from mmtune.evaluation.results import run_header, sample_rows, samples_hash, task_row
 from mmtune.evaluation.score import score_predictions
+from mmtune.evaluation.unfinished import Unfinished
 from mmtune.parts.fingerprint import changed_parts, model_hash
 
 
@@ -43,6 +47,7 @@ def evaluate(
     skip_done: bool = False,
     restore: str | None = None,
     base: Path | None = None,
+    decode: str | None = None,
 ) -> dict[str, Any]:
     """Writes `results.json` and, for each task, `samples_TASK.jsonl` (or only the answers) to `output`.
 
@@ -50,7 +55,9 @@ def evaluate(
     own reporting split. limit: the first so many questions of each task. seed: stamped, no more, for
     decoding is greedy. skip_done: where `output` holds these results of this very model already, they are
     returned. restore: a part that is put back as it is in `base`, the model folder that this one was trained
-    from (by default where its run says). Raises UserError.
+    from (by default where its run says). decode: `generate` or `likelihood`, instead of what the protocols
+    say. Among several processes all do their share, the first one scores and writes, and what the others
+    return has no scores. Raises UserError.
     """
     if base is not None and restore is None:
         raise UserError("a base is given, but no part to put back", mend="Give --restore as well.")
@@ -64,16 +71,21 @@ def evaluate(
             "this is a file, no folder for results", where=output, mend="Give another --output_path."
         )
     began = time.perf_counter()
-    asked = [(protocol, *protocol.questions(split, root)) for protocol in protocols]
+    if decode is not None:
+        protocols = [replace(protocol, decode=decode) for protocol in protocols]  # type: ignore[arg-type]
+    asked, files = [], {}
+    for protocol in protocols:
+        every, files[protocol.task] = protocol.questions(split, root)
+        asked.append((protocol, every[:limit], len(every)))
+    _check_choices(asked)
     if restore is not None:
         base = find_base(model_folder, base)
         check_restorable(model_folder, restore, base)
-    results: dict[str, Any] = {}
     made: dict[str, Any] = {
-        "results": results,
+        "results": {},
         **run_header(model_folder, protocols, batch_size, limit, max_new_tokens, dtype, seed, restore),
         "configs": {p.task: {**to_dict(p), "hash": p.hash} for p in protocols},
-        "data": {p.task: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for p, _, file in asked},
+        "data": {task: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for task, file in files.items()},
         "images": {p.task: str(((root or p.root) / p.images).resolve()) for p in protocols},
         "model": str(model_folder),
         "model_hash": model_hash(model_folder),
@@ -84,6 +96,7 @@ def evaluate(
         "splits": {p.task: split or p.report_split for p in protocols},
         "limit": limit,
         "batch_size": batch_size,
+        "processes": processes.count(),
         "padding": "left",
         "decoding": {"greedy": True, "max_new_tokens": max_new_tokens or "as the protocol says"},
         "precision": dtype,
@@ -93,39 +106,50 @@ def evaluate(
     }
     earlier = _finished(output, made) if skip_done and not predict_only else None
     if earlier is not None:
-        print(f"already done: {output / 'results.json'}")
+        if processes.rank() == 0:
+            print(f"already done: {output / 'results.json'}")
         return earlier
 
-    from mmtune.evaluation.generate import best_device, generate_answers
+    from mmtune.evaluation.generate import answer_in_batches, best_device
     from mmtune.parts.model import VisionLanguageModel
 
-    instead = {restore: base} if restore and base else {}
-    model = VisionLanguageModel.from_pretrained(model_folder, dtype=dtype, instead=instead).to(best_device())
-    made["config"]["device"] = best_device().type
-    # Gone before the first samples are replaced, back after the last: the two never belong to two models.
-    with writing(output / "results.json", "removed"):
-        (output / "results.json").unlink(missing_ok=True)
-    for protocol, every, _ in asked:
-        questions = every[:limit]
-        images = (root or protocol.root) / protocol.images
-        answers = generate_answers(model, protocol, questions, images, batch_size, max_new_tokens)
-        prompts = {question.id: protocol.turns(question)[0].text for question in questions}
-        if predict_only:
-            rows: list[dict[str, Any]] = [
-                {"question_id": name, "prompt": prompts[name], "text": text} for name, text in answers.items()
-            ]
-        else:
-            score = score_predictions(questions, answers, protocol)
-            rows = sample_rows(questions, score, prompts)
-            results[protocol.task] = task_row(score)
-            made["higher_is_better"][protocol.task] = {score.metric: True}
-            made["n-samples"][protocol.task] = {"original": len(every), "effective": len(questions)}
-            made["task_hashes"][protocol.task] = samples_hash(rows)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_text(output / f"samples_{protocol.task}.jsonl", lines)
-    made["total_evaluation_time_seconds"] = f"{time.perf_counter() - began:.1f}"
-    if not predict_only:
-        write_json(output / "results.json", made)
+    first = processes.rank() == 0
+    with processes.joined():
+        kept = {p.task: Unfinished(output, p.task, _decides(made, p)) for p in protocols}
+        processes.wait()  # all have seen what lies here; only now may it change
+        made["config"]["device"] = best_device().type
+        model = None
+        if any(q.id not in kept[p.task].done for p, questions, _ in asked for q in questions):
+            instead = {restore: base} if restore and base else {}
+            model = VisionLanguageModel.from_pretrained(model_folder, dtype=dtype, instead=instead)
+            model.to(best_device())
+        # Gone before the first samples are replaced, back after the last: the two never belong to two models.
+        if first:
+            with writing(output / "results.json", "removed"):
+                (output / "results.json").unlink(missing_ok=True)
+        for number, (protocol, questions, count) in enumerate(asked, start=1):
+            answers = kept[protocol.task]
+            images = (root or protocol.root) / protocol.images
+            name = f"{protocol.task} ({number} of {len(asked)})" if len(asked) > 1 else protocol.task
+            if model is not None:
+                batches = answer_in_batches(
+                    model, protocol, questions, images, batch_size, max_new_tokens, answers.done, name
+                )
+                with answers:
+                    for rows in batches:
+                        answers.add(rows)
+            processes.wait()
+            if first:
+                rows = _scored(made, protocol, questions, answers.read(), count, predict_only)
+                lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                write_text(output / f"samples_{protocol.task}.jsonl", lines)
+        made["total_evaluation_time_seconds"] = f"{time.perf_counter() - began:.1f}"
+        if first:
+            if not predict_only:
+                write_json(output / "results.json", made)
+            for answers in kept.values():
+                answers.remove()
+        processes.wait()
     return made
 
 
@@ -149,6 +173,62 @@ def evaluate_suite(
             **how,
         )
         for part in (None, *restored)
+    ]
+
+
+def _check_choices(asked: Sequence[tuple[Protocol, Sequence[Question], int]]) -> None:
+    """Raises UserError with every task that is to be decided by likelihood and asks without choices."""
+    faults = []
+    for protocol, questions, _ in asked:
+        if protocol.decode == "likelihood":
+            without = next((question for question in questions if not question.choices), None)
+            try:
+                if without is not None:
+                    protocol.candidates(without)
+            except UserError as error:
+                faults += error.faults
+    if faults:
+        raise UserError.of(faults)
+
+
+def _decides(made: dict[str, Any], protocol: Protocol) -> dict[str, Any]:
+    """All that decides a task's answers: what was answered under another such header is not used."""
+    keys = ("model_hash", "restored", "base_hash", "limit", "decoding", "precision", "environment")
+    exact = made["precision"] == "float32" and protocol.decode == "generate"
+    return {
+        **{key: made[key] for key in keys},
+        "task": protocol.task,
+        "protocol": protocol.hash,
+        "data": made["data"][protocol.task],
+        "images": made["images"][protocol.task],
+        "split": made["splits"][protocol.task],
+        "batch_size": None if exact else made["batch_size"],  # in fp32 it changes no answer
+    }
+
+
+def _scored(
+    made: dict[str, Any],
+    protocol: Protocol,
+    questions: Sequence[Question],
+    said: dict[str, dict[str, Any]],
+    count: int,
+    predict_only: bool,
+) -> list[dict[str, Any]]:
+    """The rows of a task's samples; its score goes into `made`. count: how many questions the file holds."""
+    prompts = {question.id: protocol.turns(question)[0].text for question in questions}
+    if predict_only:
+        rows = [{"question_id": q.id, "prompt": prompts[q.id], "text": said[q.id]["text"]} for q in questions]
+    else:
+        score = score_predictions(questions, {name: row["text"] for name, row in said.items()}, protocol)
+        rows = sample_rows(questions, score, prompts)
+        made["results"][protocol.task] = task_row(score)
+        made["higher_is_better"][protocol.task] = {score.metric: True}
+        made["n-samples"][protocol.task] = {"original": count, "effective": len(questions)}
+        made["task_hashes"][protocol.task] = samples_hash(rows)
+    numbers = ("loglikelihood", "loglikelihood_per_token")
+    return [
+        {**row, **{key: said[row["question_id"]][key] for key in numbers if key in said[row["question_id"]]}}
+        for row in rows
     ]
 
 

@@ -167,7 +167,7 @@ def _choose(
 
 @contextmanager
 def _progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with the time that is left, or, where nobody watches, a line at the end. The first process's own."""
+    """A bar with the time that is left, or, where nobody watches, a line at the end: of the first process."""
     console = Console(stderr=True)
     watched = console.is_terminal and processes.rank() == 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

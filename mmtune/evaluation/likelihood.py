@@ -15,7 +15,7 @@ from mmtune.data.chat import IGNORE, Turn
 from mmtune.parts.model import VisionLanguageModel
 
 DIGITS = 4
-"""Decimals that are kept. In fp32 the size of a batch moves the sixth, which must decide between no options."""
+"""Decimals that are kept. In fp32 the batch size moves the sixth, which must decide between no options."""
 
 
 @dataclass(frozen=True)

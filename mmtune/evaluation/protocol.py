@@ -151,7 +151,8 @@ class Protocol:
                 where=f"task {self.task}, question {question.id}",
                 mend="Let it be answered in words: decode: generate.",
             )
-        lettered = self.options_as == "letter" or (self.options_as is None and "{options}" in self.prompt)
+        shown = "letter" if "{options}" in self.prompt or question.choice_images else "text"
+        lettered = (self.options_as or shown) == "letter"
         return list(ascii_uppercase[: len(question.choices)] if lettered else question.choices)
 
     @property
@@ -160,7 +161,7 @@ class Protocol:
         indifferent = ("root", "about", "report_split")
         described = {name: value for name, value in to_dict(self).items() if name not in indifferent}
         for name in ("stop", "decode", "options_as"):  # came later: left out, hashes stay what they were
-            if described[name] in ([], "generate", None):
+            if described.get(name) in ([], "generate"):
                 del described[name]
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from glob import escape
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -75,7 +76,7 @@ class Unfinished:
             self.file.close()
 
     def _files(self) -> list[Path]:
-        return sorted(self.folder.glob(f"answers_{self.task}.*.partial.jsonl"))
+        return sorted(self.folder.glob(f"answers_{escape(self.task)}.*.partial.jsonl"))
 
     def _say(self) -> None:
         other: set[str] = set()

@@ -129,6 +129,7 @@ class VisionLanguageModel(nn.Module):
         stop: a row ends with the token that completes one of these strings, which is left in.
         """
         hf, ends = self.language.hf, self.end_ids
+        stops = [_Stop(self.language.tokenizer, stop)] if stop else []
         own = hf.generation_config
         # A checkpoint may bring a repetition penalty or a list of suppressed words: not greedy any more.
         hf.generation_config = GenerationConfig()
@@ -142,7 +143,7 @@ class VisionLanguageModel(nn.Module):
                 use_cache=True,
                 eos_token_id=ends,
                 pad_token_id=self.language.pad_id,
-                stopping_criteria=StoppingCriteriaList([_Stop(self.language.tokenizer, stop)] if stop else []),
+                stopping_criteria=StoppingCriteriaList(stops),
             )
         finally:
             hf.generation_config = own

@@ -15,12 +15,11 @@ from mmtune.cli import main
 from mmtune.core.errors import UserError
 from mmtune.core.files import share
 from mmtune.evaluation.evaluate import evaluate, evaluate_suite, parse_gen_kwargs, print_results
-from mmtune.evaluation.metrics.base import Question
 from mmtune.evaluation.protocol import Protocol, Suite, load_protocol, load_suite
 from mmtune.parts.fingerprint import model_hash
 from mmtune.parts.model import VisionLanguageModel
 from mmtune.training.loop import train
-from tests.world import FULL, LORA, run_options
+from tests.world import FULL, LORA, half_right, run_options
 
 TASKS = ["tiny_reading", "tiny_colour", "tiny_text", "tiny_iconqa"]
 
@@ -106,10 +105,7 @@ def test_fewer_new_tokens_give_shorter_answers(place: Path) -> None:
 def test_answers_alone_can_be_scored_to_the_same(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def half_right(model: object, protocol: object, questions: list[Question], *_: object) -> dict[str, str]:
-        return {q.id: q.answers[0] if i % 2 else "nothing" for i, q in enumerate(questions)}
-
-    monkeypatch.setattr("mmtune.evaluation.generate.generate_answers", half_right)
+    monkeypatch.setattr("mmtune.evaluation.generate.answer_in_batches", half_right)
     evaluated = evaluate(Path("base"), TASKS, place / "scored")
     evaluate(Path("base"), TASKS, place / "answers", predict_only=True)
     assert not (place / "answers" / "results.json").exists()

@@ -17,6 +17,7 @@ from mmtune.evaluation.protocol import load_protocol
 from mmtune.evaluation.results import TIMES, task_row
 from mmtune.evaluation.score import score_predictions
 from tests.made_up_runs import TASKS, base_of, rewrite
+from tests.world import half_right
 
 # What lmms-eval 0.7.3 writes for a model on two tasks with one metric each and --log_samples; left out are
 # what only its own run has: lmms_eval_version, git_branch, usage, chat templates, start and end on its clock.
@@ -31,12 +32,8 @@ def made(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     place = tmp_path_factory.mktemp("evaluation")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(world)
-        patch.setattr("mmtune.evaluation.generate.generate_answers", _half_right)
+        patch.setattr("mmtune.evaluation.generate.answer_in_batches", half_right)
         return place, evaluate(Path("base"), ["tiny_colour", "tiny_iconqa"], place, batch_size=8, limit=7)
-
-
-def _half_right(model: object, protocol: object, questions: list[Question], *_: object) -> dict[str, str]:
-    return {q.id: q.answers[0] if i % 2 else "nothing" for i, q in enumerate(questions)}
 
 
 def rows_of(place: Path, task: str) -> list[dict[str, Any]]:

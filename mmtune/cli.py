@@ -161,6 +161,15 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--output_path", type=Path, help="write compare.json here")
     compare.set_defaults(run=_compare)
 
+    sequence = commands.add_parser("sequence", help="a model tuned on one task after another: what it kept")
+    sequence.add_argument("--base", type=Path, required=True, help="the folder with the base's evaluation")
+    sequence.add_argument(
+        "stages", type=Path, nargs="+", metavar="AFTER", help="the evaluation after each task"
+    )
+    sequence.add_argument("--tasks", required=True, help="in the order of tuning, with commas between")
+    sequence.add_argument("--output_path", type=Path, required=True)
+    sequence.set_defaults(run=_sequence)
+
     sweep = commands.add_parser("sweep", help="train and evaluate a grid of overrides; ends in one report")
     sweep.add_argument("yaml", type=Path)
     sweep.add_argument("overrides", nargs="*", metavar="key=value")
@@ -315,6 +324,14 @@ def _compare(options: argparse.Namespace) -> None:
     print_comparison(report, _console())
     if options.output_path:
         print(f"Written: {options.output_path / 'compare.json'}")
+
+
+def _sequence(options: argparse.Namespace) -> None:
+    from mmtune.evaluation.sequences import make_sequence, print_sequence
+
+    report = make_sequence(options.base, options.stages, options.tasks.split(","), options.output_path)
+    print_sequence(report, _console())
+    print(f"Written: {options.output_path / 'sequence.json'}")
 
 
 def _sweep(options: argparse.Namespace) -> None:

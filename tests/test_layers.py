@@ -31,6 +31,7 @@ evaluation.attribution evaluation.answers
 evaluation.terminal evaluation.frontier evaluation.examples evaluation.thumbnails evaluation.browser
 evaluation.provenance evaluation.page evaluation.report
 evaluation.compare
+evaluation.sequences
 run
 training.folder training.plan training.optim training.checkpoint training.meter training.signals
 training.loop training.check

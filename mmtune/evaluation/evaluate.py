@@ -250,7 +250,8 @@ def print_results(made: dict[str, Any], console: Console) -> None:
     restored = made.get("restored")
     table = Table(title=made["model"] + (f", {restored} as in {made['base']}" if restored else ""))
     for heading in ("task", "split", "score", "stderr", "rule", "questions", "missing"):
-        table.add_column(heading, justify="left" if heading in ("task", "split", "rule") else "right")
+        justify: Any = "left" if heading in ("task", "split", "rule") else "right"
+        table.add_column(heading, justify=justify, overflow="fold")  # cut names would read alike
     for task, result in made["results"].items():
         stderr = "-" if result["stderr"] is None else f"{result['stderr']:.2f}"
         counts = str(result["n"]), str(result["missing"])

@@ -30,6 +30,7 @@ RULES: dict[str, Rule] = {
     "vlmevalkit": stripped,
     "exact": exact,
 }
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 SPLITS = {"train": 1, "val": 2, "test": 3}
 
 
@@ -46,7 +47,8 @@ def read(
     BOOK and the extension of its URL (or `extension`, where the pictures were saved as another kind), its
     category the genre. Converted (LLaVA-HR; JSONL or a JSON list): question_id, image, text, answer; the file
     is the split. Where its ids repeat, as books' do, questions get ids ID_INDEX, and predictions that carry
-    the book's are matched by book and question.
+    the book's are matched by book and question. LLaVA's request for a short answer at the end of a text is
+    left out: it is the protocol's to make.
     sample: no more than so many questions, which `seed` and their ids alone decide on.
     Raises UserError, naming file and book or line.
     """
@@ -115,7 +117,7 @@ def _converted(path: Path, content: Any) -> list[Question]:
         questions.append(
             Question(
                 id=f"{identity}_{so_far[identity]}" if repeated else identity,
-                text=field(row, "text", str, where),
+                text=field(row, "text", str, where).removesuffix(SHORT_ANSWER),
                 answers=(str(field(row, "answer", (str, int, float), where)),),
                 image=image,
                 cluster=identity if repeated else image,

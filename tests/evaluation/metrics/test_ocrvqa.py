@@ -105,6 +105,13 @@ def test_converted_files_join_on_book_and_question(tmp_path: Path, name: str) ->
     }
 
 
+def test_a_short_answer_is_asked_for_once(tmp_path: Path) -> None:
+    suffix = "\nAnswer the question using a single word or phrase."
+    rows = [{**CONVERTED[0], "text": "Who?" + suffix}, {**CONVERTED[2], "text": "Who?"}]
+    for question in ocrvqa.read(written(tmp_path, rows, "sampled.jsonl")):
+        assert load_protocol("ocrvqa").turns(question)[0].text == f"<image>\nWho?{suffix}"
+
+
 def test_converted_ids_that_name_one_question_stay(tmp_path: Path) -> None:
     rows = [{**row, "question_id": i} for i, row in enumerate(CONVERTED)]
     questions = ocrvqa.read(written(tmp_path, rows, "sampled.jsonl"))

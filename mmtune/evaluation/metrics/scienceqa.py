@@ -1,8 +1,9 @@
 """Accuracy on ScienceQA: school questions with options, half of them with a picture or a hint.
 
-* `llava`: LLaVA's eval_science_qa.py, which takes a bare letter (A to E, a capital), `A. ` at the start, or
-  `The answer is A` anywhere. All else is wrong.
-* `lmms-eval`: lmms-eval's scienceqa task: the bare letter, or a capital and a full stop at the start.
+* `llava`: LLaVA's eval_science_qa.py, which takes a bare letter (A to E, a capital, no space), `A. ` at the
+  start, or `The answer is A` where that stands there once, with one character after it. All else is wrong.
+* `lmms-eval`: lmms-eval's scienceqa task, after outer space is stripped: the bare letter but for case, or a
+  capital and a full stop at the start.
 * `letter`: ours, as on IconQA: `a` and `(A)` too, and an option's whole text.
 * `official`: the option's index, as the official evaluate_acc.py reads it.
 
@@ -24,8 +25,9 @@ from mmtune.evaluation.metrics.iconqa import letter, official
 METRIC = "accuracy"
 MEND = "Is it ScienceQA's own file?"
 
-_LETTERS = "ABCDE"
-_STATED = (re.compile(r"The answer is ([A-E])\."), re.compile(r"The answer is ([A-E])"))
+_LETTERS = tuple("ABCDE")
+# The full stop is not escaped in LLaVA's pattern: any character but a line break will do, none will not.
+_STATED = re.compile(r"The answer is ([A-Z]).")
 
 
 def llava(question: Question, prediction: str) -> float:
@@ -34,21 +36,18 @@ def llava(question: Question, prediction: str) -> float:
 
 
 def _found(prediction: str) -> str | None:
-    text = prediction.replace("\n", ". ")
-    bare = text.strip()
-    if len(bare) == 1 and bare in _LETTERS:
-        return bare
-    if text[:1] in tuple(_LETTERS) and text[1:3] == ". ":
-        return text[0]
-    # A statement that ends in a full stop goes before an earlier one that does not.
-    stated = _STATED[0].search(text) or _STATED[1].search(text)
-    return stated[1] if stated else None
+    if prediction in _LETTERS:
+        return prediction
+    if prediction[:1] in _LETTERS and prediction[1:3] == ". ":
+        return prediction[0]
+    stated: list[str] = _STATED.findall(prediction)
+    return stated[0] if len(stated) == 1 else None
 
 
 def lmms_eval(question: Question, prediction: str) -> float:
-    """lmms-eval's rule: the letter alone, or with a full stop after it at the start."""
-    right = _right(question)
-    return float(prediction == right or prediction.startswith(f"{right}."))
+    """lmms-eval's rule: the letter alone, or a capital letter with a full stop after it at the start."""
+    right, text = _right(question), prediction.strip()
+    return float(text.lower() == right.lower() or text.startswith(f"{right}."))
 
 
 def _right(question: Question) -> str:

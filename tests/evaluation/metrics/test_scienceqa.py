@@ -79,18 +79,21 @@ def test_a_question_without_a_picture_is_asked_without(tmp_path: Path) -> None:
     ("prediction", "llava", "lmms_eval", "letter"),
     [
         ("B", 1, 1, 1),
-        (" B\n", 0, 0, 1),  # the line break becomes a full stop and a space
-        (" B ", 1, 0, 1),
-        ("b", 0, 0, 1),
+        (" B\n", 0, 1, 1),
+        (" B ", 0, 1, 1),
+        ("b", 0, 1, 1),
+        ("b.", 0, 0, 1),
         ("B.", 0, 1, 1),
         ("B. an owl", 1, 1, 1),
         ("B.an owl", 0, 1, 1),
-        ("B\nbecause", 1, 0, 0),
+        ("B\nbecause", 0, 0, 0),
         ("(B)", 0, 0, 1),
         ("an owl", 0, 0, 1),
         ("The answer is B.", 1, 0, 0),
-        ("I think. The answer is B", 1, 0, 0),
-        ("The answer is A or rather: The answer is B.", 1, 0, 0),
+        ("The answer is B!", 1, 0, 0),
+        ("I think. The answer is B", 0, 0, 0),  # nothing follows the letter
+        ("The answer is B.\nThe answer is B.", 0, 0, 0),  # stated twice
+        ("The answer is A or rather: The answer is B.", 0, 0, 0),
         ("The answer is b.", 0, 0, 0),
         ("the answer is B.", 0, 0, 0),
         ("A", 0, 0, 0),
@@ -110,19 +113,17 @@ def test_rules(prediction: str, llava: int, lmms_eval: int, letter: int) -> None
 def llava_by_hand(text: str, choices: int) -> int | None:
     """The option LLaVA's scorer finds, looked for place by place."""
     letters = "ABCDE"
-    text = ". ".join(text.split("\n"))
-    inner = "".join(text.split(" ")) if set(text) <= {" ", *letters} else text
+    mark = "The answer is "
     found = None
-    if inner.strip() in [*letters]:
-        found = inner.strip()
+    if len(text) == 1 and text in letters:
+        found = text
     elif any(text.startswith(f"{letter}. ") for letter in letters):
         found = text[0]
     else:
-        marks = ["The answer is " + letter for letter in letters]
-        at = [i for i in range(len(text)) if any(text.startswith(mark, i) for mark in marks)]
-        ended = [i for i in at if text[i + 15 : i + 16] == "."]
-        if at:
-            found = text[(ended or at)[0] + 14]
+        after = [text[i + len(mark) :] for i in range(len(text)) if text.startswith(mark, i)]
+        stated = [rest[0] for rest in after if rest[:1].isupper() and rest[1:2] not in ("", "\n")]
+        if len(stated) == 1 and stated[0] in letters:
+            found = stated[0]
     index = letters.index(found) if found else -1
     return index if 0 <= index < choices else None
 

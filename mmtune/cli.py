@@ -298,12 +298,13 @@ def _score(options: argparse.Namespace) -> None:
     protocol = load_protocol(options.task)
     split = options.split or protocol.report_split
     score = score_file(protocol.for_split(split), options.predictions, options.annotations, options.rule)
-    for warning in score.warnings:
+    for warning in filter(None, (protocol.other_count(split, score.n), *score.warnings)):
         print(f"mmtune: warning: {warning}", file=sys.stderr)
     if options.per_sample:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in score.per_question)
         write_text(options.per_sample, lines)
-    print(json.dumps({**score.summary(), "split": split}, indent=2, ensure_ascii=False))
+    expected = {"expected": protocol.expect[split]} if split in protocol.expect else {}
+    print(json.dumps({**score.summary(), "split": split, **expected}, indent=2, ensure_ascii=False))
 
 
 def _report(options: argparse.Namespace) -> None:

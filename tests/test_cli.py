@@ -118,7 +118,9 @@ def test_score_needs_no_torch() -> None:
     found, said = measured(*SCORE)
     assert (found["code"], found["torch"]) == (0, False)
     official = list(official_scores().values())
-    result = json.loads(said[: said.rindex("}\n{") + 1])
+    result = json.loads(said[: said.rindex("}\nmmtune: warning:") + 1])
+    assert "textvqa: 40 questions, the official val file has 5000" in said
+    assert result["expected"] == 5000
     assert result["score"] == pytest.approx(100 * sum(official) / 40)
     assert (result["task"], result["n"], result["missing"], result["rule"]) == ("textvqa", 40, 0, "m4c")
     assert {"metric", "stderr"} <= result.keys()

@@ -19,7 +19,8 @@ parts.language parts.model
 tuning.base tuning.penalty tuning.frozen tuning.full tuning.lora tuning.sculpt tuning.kl
 evaluation.metrics.base evaluation.metrics.repair
 evaluation.metrics.ptb evaluation.metrics.coco_java evaluation.metrics.captions
-evaluation.metrics.vqa evaluation.metrics.iconqa evaluation.metrics.exact
+evaluation.metrics.vqa evaluation.metrics.textvqa evaluation.metrics.vqav2 evaluation.metrics.okvqa
+evaluation.metrics.vizwiz evaluation.metrics.iconqa evaluation.metrics.exact
 evaluation.metrics.gqa evaluation.metrics.ocrvqa evaluation.metrics.scienceqa evaluation.metrics.pope
 evaluation.metrics evaluation.score evaluation.protocol evaluation.likelihood evaluation.generate
 evaluation.unfinished evaluation.restore evaluation.results evaluation.evaluate

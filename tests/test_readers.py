@@ -20,7 +20,18 @@ from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, read_jsonl
 from mmtune.data.chat import IMAGE, Turn
 from mmtune.data.samples import ROLES, Sample, read_llava
-from mmtune.evaluation.metrics import exact, gqa, iconqa, ocrvqa, pope, scienceqa, vqa
+from mmtune.evaluation.metrics import (
+    exact,
+    gqa,
+    iconqa,
+    ocrvqa,
+    okvqa,
+    pope,
+    scienceqa,
+    textvqa,
+    vizwiz,
+    vqav2,
+)
 from mmtune.evaluation.metrics.base import Question
 from mmtune.evaluation.score import read_predictions
 from mmtune.parts.model import read_options
@@ -104,6 +115,26 @@ TEXTVQA = {
         {"question_id": 2, "image_id": "y", "question": "Who?", "answers": ["b"] * 10},
     ]
 }
+VQA = {
+    "annotations": [
+        {
+            "question_id": 1,
+            "image_id": 7,
+            "question_type": "what",
+            "answer_type": "other",
+            "answers": [{"answer": "a", "raw_answer": "as", "answer_confidence": "yes", "answer_id": 1}] * 10,
+        },
+    ]
+}
+VIZWIZ = [
+    {
+        "image": "a.jpg",
+        "question": "What?",
+        "answers": [{"answer": "a", "answer_confidence": "yes"}] * 10,
+        "answer_type": "other",
+        "answerable": 1,
+    }
+]
 GQA = {
     "1": {
         "imageId": "x",
@@ -195,7 +226,10 @@ Reader = tuple[Any, str, Callable[[Any], str], Callable[[Path], Any], Callable[[
 READERS: dict[str, Reader] = {
     "llava json": (LLAVA, "a.json", json.dumps, lambda p: read_llava(p, p.parent), are_samples),
     "llava jsonl": (LLAVA, "a.jsonl", lines, lambda p: read_llava(p, p.parent), are_samples),
-    "textvqa": (TEXTVQA, "a.json", json.dumps, vqa.read, are_questions),
+    "textvqa": (TEXTVQA, "a.json", json.dumps, textvqa.read, are_questions),
+    "vqav2": (VQA, "a.json", json.dumps, vqav2.read, are_questions),
+    "okvqa": (VQA, "a.json", json.dumps, okvqa.read, are_questions),
+    "vizwiz": (VIZWIZ, "a.json", json.dumps, vizwiz.read, are_questions),
     "gqa": (GQA, "a.json", json.dumps, gqa.read, are_questions),
     "jsonl questions": (JSONL, "a.jsonl", lines, exact.read, are_questions),
     "iconqa": (ICONQA, "problems.json", json.dumps, iconqa.read, are_questions),

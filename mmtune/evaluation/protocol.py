@@ -23,7 +23,7 @@ from mmtune.evaluation.metrics.base import Question
 from mmtune.evaluation.score import find_rule, read_questions
 
 _NAME = re.compile(r"[A-Za-z0-9][\w-]*")
-PLACEHOLDERS = ("question", "choices", "options", "context")
+PLACEHOLDERS = ("question", "question_capitalised", "choices", "options", "context", "ocr")
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,17 @@ class Protocol:
     """A benchmark.
 
     prompt: {question}, {choices} (texts with commas between) and {options} (lines `A. text`, or `A. <image>`
-    where options are pictures) are filled in, and {context}: a line `Context: text` with its line break where
-    a question has a context, otherwise nothing.
+    where options are pictures) are filled in, {question_capitalised} as LLaVA's files have it (a capital, all
+    else small), {context}: a line `Context: text` with its line break where a question has a context,
+    otherwise nothing, and {ocr}, the picture's OCR tokens with commas between.
     annotations: the annotation file of each split; images: the pictures' folder; both relative to the
     data's root. report_split: the split whose score is reported: the test split, or the validation split
     where the test answers are not public. options: further arguments of the format's reader, in which
     {split} is filled in. stop: strings at which a generated answer is cut; what it says from there on is
     left out. decode: `generate` asks for an answer in the model's own words, `likelihood` takes the choice
     that the model finds likeliest as the answer. options_as: what then stands for a choice, its letter or its
-    text; by default its letter where the prompt shows lettered {options}.
+    text; by default its letter where the prompt shows lettered {options}. expect: how many questions the
+    official file of a split has.
     """
 
     task: str
@@ -56,6 +58,7 @@ class Protocol:
     stop: list[str] = field(default_factory=list)
     decode: Literal["generate", "likelihood"] = "generate"
     options_as: Literal["letter", "text"] | None = None
+    expect: dict[str, int] = field(default_factory=dict)
 
     def check(self, fault: Report) -> None:
         if not _NAME.fullmatch(self.task):
@@ -84,6 +87,19 @@ class Protocol:
         for name in names:
             if name not in PLACEHOLDERS:
                 fault("prompt", f"unknown placeholder {{{name}}}", nearest(name, list(PLACEHOLDERS)))
+        if "ocr" in names and "ocr" not in self.options:
+            fault(
+                "prompt",
+                "{ocr} is asked, but no file of OCR tokens is named",
+                "Name it: options: {ocr: FILE}.",
+            )
+        if "options" in names and FORMATS.load(self.format).METRIC == "soft_accuracy":
+            what = (
+                f"its {{options}} ask for a letter, but the rule '{self.rule}' makes nothing of the letter A"
+            )
+            fault("prompt", what, "Ask for the answer in words.")
+        for split in self.expect.keys() - self.annotations.keys():
+            fault(f"expect.{split}", "there are no annotations of this split", "Leave it out.")
 
     def for_split(self, split: str) -> Protocol:
         """The same protocol with {split} filled in. Raises UserError for a split it does not have."""
@@ -109,28 +125,52 @@ class Protocol:
                 where=file,
                 mend=mend or "Where does the data lie? Say --data_root DIR.",
             )
-        return read_questions(self.for_split(split), file), file
+        questions = read_questions(self.for_split(split), file)
+        for question in questions:  # what cannot be asked is said before a model is loaded
+            self.turns(question)
+        return questions, file
+
+    def other_count(self, split: str, n: int) -> str | None:
+        """A warning where `n` is not the number of questions that the split's official file has."""
+        expected = self.expect.get(split, n)
+        return (
+            None if n == expected else f"{self.task}: {n} questions, the official {split} file has {expected}"
+        )
 
     def turns(self, question: Question) -> list[Turn]:
         """What the model is asked: the picture, if there is one, and the filled-in prompt.
 
         An option that is a picture stands as `A. <image>`. Raises UserError for a question whose own text
-        holds `<image>`: there is no picture for that one; and where a picture would not be shown.
+        holds `<image>`: there is no picture for that one; where a picture would not be shown; and where the
+        text or the OCR tokens that the prompt wants were not in the files.
         """
         where = f"task {self.task}, question {question.id}"
-        if any(IMAGE in text for text in (self.prompt, question.text, question.context, *question.choices)):
+        texts = (self.prompt, question.text, question.context, *question.choices, *(question.ocr or ()))
+        if any(IMAGE in text for text in texts):
             raise UserError(
                 f"its text holds {IMAGE}, which stands for a picture",
                 where=where,
                 mend="Spell it in another way in the annotation file.",
             )
+        if "{question" in self.prompt and not question.text:
+            raise UserError(
+                "it has no text", where=where, mend="Put the questions file beside the annotation file."
+            )
+        if "{ocr}" in self.prompt and question.ocr is None:
+            raise UserError(
+                "its picture has no OCR tokens",
+                where=where,
+                mend=f"Put {self.options.get('ocr')} beside the annotation file.",
+            )
         shown = [IMAGE] * len(question.choice_images) or question.choices
         options = "\n".join(f"{mark}. {text}" for mark, text in zip(ascii_uppercase, shown, strict=False))
         text = self.prompt.format(
             question=question.text,
+            question_capitalised=question.text.capitalize(),
             choices=", ".join(shown),
             options=options,
             context=f"Context: {question.context}\n" if question.context else "",
+            ocr=", ".join(question.ocr or ()),
         )
         if text.count(IMAGE) != len(question.choice_images):
             raise UserError(
@@ -158,7 +198,7 @@ class Protocol:
     @property
     def hash(self) -> str:
         """The first 16 hex digits of the SHA-256 of all that decides the score; where files lie does not."""
-        indifferent = ("root", "about", "report_split")
+        indifferent = ("root", "about", "report_split", "expect")
         described = {name: value for name, value in to_dict(self).items() if name not in indifferent}
         for name in ("stop", "decode", "options_as"):  # came later: left out, hashes stay what they were
             if described.get(name) in ([], "generate"):

@@ -240,7 +240,7 @@ def _matched(path: Path, matches: Sequence[tuple[_Row, str | None]]) -> dict[str
 def _read_rows(path: Path) -> list[_Row]:
     text = read_text(path)
     pairs = _pairs(text)
-    if pairs and not {"question_id", "questionId", "image_id"} & {key for key, _ in pairs}:
+    if pairs and not {"question_id", "questionId", "image_id", "image"} & {key for key, _ in pairs}:
         named = [(f"{path}, '{key}'", key, value) for key, value in pairs]
         rows = [_Row(where, key, _text(value, where), None) for where, key, value in named]
     elif text.lstrip().startswith("["):
@@ -273,7 +273,7 @@ def _row(row: Any, where: str) -> _Row:
             where=where,
             mend="An answer is {'question_id': ..., 'text': ...}.",
         )
-    keys = [key for key in ("question_id", "questionId", "image_id") if key in row]
+    keys = [key for key in ("question_id", "questionId", "image_id", "image") if key in row]
     identity = row[keys[0]] if keys else None
     if not isinstance(identity, str | int) or isinstance(identity, bool):
         raise UserError("it has no 'question_id'", where=where, mend=f"Found: {', '.join(row) or 'nothing'}.")

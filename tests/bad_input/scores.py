@@ -212,7 +212,7 @@ KINDS = [
         lambda b: _score(b, ROWS, "--rule", "m4"),
         "unknown rule 'm4'",
         "task 'textvqa'",
-        "Known: m4c",
+        "Known: lmms-eval, lorasculpt, m4c",
     ),
     # ---- Annotations
     Kind(

@@ -185,7 +185,9 @@ def test_an_ambiguous_join_is_refused(tmp_path: Path) -> None:
 
 
 def test_faults_of_the_request_are_named() -> None:
-    with pytest.raises(UserError, match=r"unknown rule 'm4'.*\n.*m4c, vqa2021, vqa_legacy"):
+    with pytest.raises(
+        UserError, match=r"unknown rule 'm4'.*\n.*lorasculpt, m4c, vlmevalkit, vqa2021, vqa_legacy"
+    ):
         score_file(READING, ANSWERS, ANNOTATIONS, "m4")
     with pytest.raises(UserError, match="unknown annotation format 'textvqua'"):
         score_file(Task("t", "textvqua", "m4c"), ANSWERS, ANNOTATIONS)

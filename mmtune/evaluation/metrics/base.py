@@ -36,6 +36,10 @@ class Question:
     """Skill or type, for breakdowns; a question with several counts once in each."""
     answer_index: int | None = None
     """Which of `choices` is right. Two options may read alike, so the answer's text does not tell."""
+    ocr: tuple[str, ...] | None = None
+    """The tokens an OCR system read in the picture; None where no file of them was given."""
+    asked: str | None = None
+    """The whole prompt as a question file words it; None where the protocol's prompt asks."""
 
     context: str = ""
     """What is read before the question, such as ScienceQA's hint."""
@@ -172,13 +176,17 @@ def field(row: dict[str, Any], key: str, kind: type | tuple[type, ...], where: s
 
 
 def image_path(template: str, image_id: object) -> str:
-    """`template` with its `{image_id}` filled in. Raises UserError for any other placeholder."""
+    """`template` with its `{image_id}` filled in, `{image_id:012d}` as twelve digits.
+
+    Raises UserError for any other placeholder, and for an id that is no number where digits are asked for.
+    """
     try:
         return template.format(image_id=image_id)
-    except (KeyError, IndexError, ValueError):
+    except (KeyError, IndexError, AttributeError, ValueError):
         raise UserError(
-            f"image: '{template}' is not a template of a picture's path",
-            mend="Write it like {image_id}.jpg, the only placeholder is {image_id}.",
+            f"image: '{template}' is not a template of a picture's path, or does not fit the id {image_id!r}",
+            mend="Write it like {image_id}.jpg or COCO_val2014_{image_id:012d}.jpg; "
+            "the only placeholder is {image_id}.",
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""VQA soft accuracy on TextVQA 0.5.1 files, under the three rules that published numbers use.
+"""VQA soft accuracy under the rules that published numbers use; which project scores what is in each reader.
 
 One file of predictions scores 49.1, 59.2 or 61.3 on TextVQA by the rule alone, so each is reproduced as
 its public scorer runs, mistakes included:
@@ -6,19 +6,26 @@ its public scorer runs, mistakes included:
 * `m4c`: MMF's EvalAI processor, also LLaVA's and lmms-eval's. Prediction and answers are normalised.
 * `vqa2021`: the VQA repository since March 2021. Both are normalised only where the ten answers differ;
   where all ten are the same, the prediction must equal them as they stand, capitals included.
-* `vqa_legacy`: the VQA repository before, LAVIS, and LoRASculpt's OKVQA. The prediction is always
-  normalised; the answers lose their punctuation where they differ, and are left alone where they do not.
+* `vqa_legacy`: the VQA repository before, LAVIS, and LLaVA-HR's and LoRASculpt's OKVQA. The prediction is
+  always normalised; the answers lose their punctuation where they differ, and are left alone where they
+  do not.
+* `vlmevalkit`: VLMEvalKit (vlmeval/dataset/utils/vqa_eval.py). Both are normalised, but a period after a
+  digit stays (`2012.`), which costs a model that ends its answers with one.
+* `lmms_eval_vqav2`: lmms-eval's vqav2 task. Both are normalised by the VQA repository's normaliser, whether
+  or not the ten answers differ. (Its first versions mixed `m4c` and `vqa2021`.)
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
 from pathlib import Path
+from typing import Any
 
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json
-from mmtune.evaluation.metrics.base import Question, Rule, checked, field, image_path
+from mmtune.evaluation.metrics.base import Question, Rule, field
 
 METRIC = "soft_accuracy"
 
@@ -28,6 +35,7 @@ ARTICLES = frozenset({"a", "an", "the"})
 
 # Other marks (: ' & $ % # * ~ ^ |) stay; periods have a rule of their own.
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_MARKS = frozenset(PUNCTUATION)
 
 _CONTRACTED = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
@@ -51,22 +59,37 @@ CONTRACTIONS = {
 
 _COMMA_BETWEEN_DIGITS = re.compile(r"(?<=\d),+(?=\d)")
 _PERIOD_NOT_BEFORE_DIGIT = re.compile(r"\.(?!\d)")
+_PERIOD_WITHOUT_DIGITS = re.compile(r"(?<!\d)\.(?!\d)")
 
 
-def strip_punctuation(text: str) -> str:
+def _remembered(normalise: Callable[[str], str]) -> Callable[[str], str]:
+    """The same function with a memory: ten annotators mostly write the same short answers."""
+    remembering = lru_cache(maxsize=1 << 16)(normalise)
+
+    @wraps(normalise)
+    def normalised(text: str) -> str:
+        return remembering(text) if len(text) <= 64 else normalise(text)
+
+    return normalised
+
+
+def strip_punctuation(text: str, period: re.Pattern[str] = _PERIOD_NOT_BEFORE_DIGIT) -> str:
     """Punctuation as the official processors treat it.
 
     A mark is deleted where it stands beside a space anywhere in the text, or where the text has a comma
     between digits (so `1,000-2,000` becomes `10002000`); otherwise it becomes a space (`1/2`: `1 2`).
     A period goes unless a digit follows: the pattern was meant to look behind as well, but does not.
     No more than 32 periods go, because the official code passes a regex flag where the count belongs.
+    `period` matches those that go.
     """
+    if _MARKS.isdisjoint(text):
+        return period.sub("", text, count=32)
     glued = _COMMA_BETWEEN_DIGITS.search(text) is not None
     stripped = text
     for mark in PUNCTUATION:
         beside_space = f"{mark} " in text or f" {mark}" in text
         stripped = stripped.replace(mark, "" if glued or beside_space else " ")
-    return _PERIOD_NOT_BEFORE_DIGIT.sub("", stripped, count=32)
+    return period.sub("", stripped, count=32)
 
 
 def replace_words(text: str) -> str:
@@ -82,6 +105,7 @@ def one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
+@_remembered
 def normalise_m4c(text: str) -> str:
     """The m4c normaliser (MMF's EvalAI processor).
 
@@ -92,9 +116,16 @@ def normalise_m4c(text: str) -> str:
     return replace_words(strip_punctuation(one_line(text)))
 
 
+@_remembered
 def normalise_vqa(text: str) -> str:
     """The VQA repository's normaliser: the same two steps without m4c's first."""
     return replace_words(strip_punctuation(one_line(text)))
+
+
+@_remembered
+def normalise_vlmevalkit(text: str) -> str:
+    """VLMEvalKit's normaliser: the VQA repository's, but a period goes only where no digit is beside it."""
+    return replace_words(strip_punctuation(one_line(text), _PERIOD_WITHOUT_DIGITS))
 
 
 def soft_accuracy(prediction: str, answers: Sequence[str]) -> float:
@@ -128,46 +159,48 @@ def vqa_legacy(question: Question, prediction: str) -> float:
     return soft_accuracy(normalise_vqa(prediction), answers)
 
 
+def vlmevalkit(question: Question, prediction: str) -> float:
+    answers = [normalise_vlmevalkit(answer) for answer in question.answers]
+    return soft_accuracy(normalise_vlmevalkit(prediction), answers)
+
+
+def lmms_eval_vqav2(question: Question, prediction: str) -> float:
+    return soft_accuracy(normalise_vqa(prediction), [normalise_vqa(answer) for answer in question.answers])
+
+
 RULES: dict[str, Rule] = {"m4c": m4c, "vqa2021": vqa2021, "vqa_legacy": vqa_legacy}
+"""Those that every data set of the family can be scored by; a reader adds the projects that score its own."""
 
 
-def read(path: Path, image: str = "{image_id}.jpg") -> list[Question]:
-    """The questions of a TextVQA 0.5.1 file; `image` says how a picture's path is made of its id.
+def rows_of(path: Path, key: str, expected: str) -> list[tuple[str, dict[str, Any]]]:
+    """(where, row) for each object of the list under `key` of a JSON file, or of the file where `key` is "".
 
-    Raises UserError, naming file, row and id, for rows without their fields or without ten answers (the
-    official test file has none).
+    Raises UserError, saying what kind of file was `expected`, where there is no such list.
     """
     content = read_json(path)
-    if not isinstance(content, dict) or not isinstance(content.get("data"), list):
-        raise UserError(
-            "no list 'data' in it",
-            where=path,
-            mend="A TextVQA annotation file is expected, such as TextVQA_0.5.1_val.json.",
-        )
-    questions = []
-    for number, row in enumerate(content["data"]):
-        where = f"{path}, data[{number}]"
+    found = content.get(key) if key and isinstance(content, dict) else None if key else content
+    if not isinstance(found, list):
+        raise UserError(f"no list '{key}' in it" if key else "no list", where=path, mend=expected)
+    rows = []
+    for number, row in enumerate(found):
+        where = f"{path}, {key}[{number}]"
         if not isinstance(row, dict):
             raise UserError(f"expected an object, found {type(row).__name__}", where=where)
-        identity = str(field(row, "question_id", (int, str), where))
-        where = f"{where}, question_id {identity}"
-        if "answers" not in row:
-            raise UserError(
-                "it has no 'answers'",
-                where=where,
-                mend="The official test file has none; score the validation file.",
-            )
-        answers = field(row, "answers", list, where)
-        if len(answers) != 10 or not all(isinstance(answer, str) for answer in answers):
-            raise UserError(f"ten answers are expected, each a text; found {len(answers)}", where=where)
-        image_id = str(field(row, "image_id", (int, str), where))
-        questions.append(
-            Question(
-                id=identity,
-                text=field(row, "question", str, where),
-                answers=tuple(answers),
-                image=image_path(image, image_id),
-                cluster=image_id,
-            )
+        rows.append((where, row))
+    return rows
+
+
+def ten_answers(row: dict[str, Any], where: str, key: str | None) -> tuple[str, ...]:
+    """The ten answers of a row: texts, or under `key` of objects. Raises UserError where they are not ten."""
+    if "answers" not in row:
+        raise UserError(
+            "it has no 'answers'",
+            where=where,
+            mend="The official test file has none; score the validation file.",
         )
-    return checked(questions, path)
+    found = field(row, "answers", list, where)
+    answers: list[Any] = [answer.get(key) if key and isinstance(answer, dict) else answer for answer in found]
+    if len(answers) != 10 or not all(isinstance(answer, str) for answer in answers):
+        under = f" under '{key}'" if key else ""
+        raise UserError(f"ten answers are expected, each a text{under}; found {len(answers)}", where=where)
+    return tuple(answers)

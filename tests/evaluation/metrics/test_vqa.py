@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmtune.core.errors import UserError
-from mmtune.evaluation.metrics import vqa
+from mmtune.evaluation.metrics import textvqa, vqa
 from mmtune.evaluation.metrics.base import Question
 
 HERE = Path(__file__).parents[2] / "data" / "textvqa"
@@ -31,7 +31,7 @@ def check_pairs(path: Path, count: int) -> None:
 
 
 def check_scores(annotations: Path, answers: Path, scores: Path, count: int) -> None:
-    questions = vqa.read(annotations)
+    questions = textvqa.read(annotations)
     answered, expected = rows(answers), rows(scores)
     assert len(questions) == len(answered) == len(expected) == count
     for question, answer, official in zip(questions, answered, expected, strict=True):
@@ -151,10 +151,10 @@ def test_scores_lie_between_0_and_1_and_no_call_changes_the_next(prediction: str
 
 
 def test_questions_carry_their_picture() -> None:
-    first = vqa.read(HERE / "TextVQA_0.5.1_val_40.json")[0]
+    first = textvqa.read(HERE / "TextVQA_0.5.1_val_40.json")[0]
     assert (first.id, first.image, first.cluster) == ("34651", "ef00f12063be7b07.jpg", "ef00f12063be7b07")
     assert len(first.answers) == 10
-    placed = vqa.read(HERE / "TextVQA_0.5.1_val_40.json", image="train_images/{image_id}.png")[0]
+    placed = textvqa.read(HERE / "TextVQA_0.5.1_val_40.json", image="train_images/{image_id}.png")[0]
     assert placed.image == "train_images/ef00f12063be7b07.png"
 
 
@@ -177,5 +177,5 @@ def test_broken_files_are_named(tmp_path: Path, content: Any, message: str) -> N
     path = tmp_path / "val.json"
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=message) as error:
-        vqa.read(path)
+        textvqa.read(path)
     assert "val.json" in str(error.value)

@@ -95,6 +95,18 @@ def _parser() -> argparse.ArgumentParser:
         help="put this part back as it is in the base: what sits in it?",
     )
     evaluate.add_argument(
+        "--scale",
+        type=_share,
+        metavar="S",
+        help="only this part of the way from the base, 0 to 1: W0 + S (W - W0)",
+    )
+    evaluate.add_argument(
+        "--kl", action="store_true", help="how far it moved: KL to the base along the base's own answers"
+    )
+    evaluate.add_argument(
+        "--base_results", type=Path, help="the base's own evaluation, whose answers --kl takes"
+    )
+    evaluate.add_argument(
         "--base", type=Path, help="the model that this one was trained from (default: where its run says)"
     )
     evaluate.add_argument("--output_path", type=Path, required=True)
@@ -195,6 +207,16 @@ def _count(text: str) -> int:
     return _at_least(0, text)
 
 
+def _share(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, found '{text}'") from None
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"expected 0 to 1, found {text}")
+    return number
+
+
 def _at_least(least: int, text: str) -> int:
     try:
         number = int(text)
@@ -248,6 +270,8 @@ def _train_and_evaluate(options: argparse.Namespace, signals: Signals) -> None:
         run.folder,
         wanted.split,
         wanted.attribution,
+        wanted.scales,
+        wanted.kl,
         batch_size=wanted.batch_size,
         limit=wanted.limit,
         root=wanted.root,
@@ -255,20 +279,38 @@ def _train_and_evaluate(options: argparse.Namespace, signals: Signals) -> None:
     )
     for made in evaluations:
         print_results(made, _console())
-    written = [run.folder / suite.folder(wanted.split, made.get("restored")) for made in evaluations]
+    written = [
+        run.folder / suite.folder(wanted.split, made["restored"], made.get("scale")) for made in evaluations
+    ]
     print(f"evaluated: {', '.join(str(place / 'results.json') for place in written)}")
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from mmtune.core.processes import rank
+    from mmtune.core.processes import count, rank
+    from mmtune.evaluation.divergence import add_kl
     from mmtune.evaluation.evaluate import evaluate, parse_gen_kwargs, print_results
     from mmtune.evaluation.protocol import load_suite
+    from mmtune.evaluation.restore import find_base
 
     if len(options.restore or []) > 1:
         raise UserError("it is given more than once", where="--restore", mend="Put back one part at a time.")
+    if options.kl and options.predict_only:
+        raise UserError("--kl adds to scores, and --predict_only makes none", mend="Leave one of them out.")
+    if options.base_results and not options.kl:
+        raise UserError("--base_results is given, but nothing to do with it", mend="Give --kl as well.")
+    if options.kl:
+        find_base(options.model, options.base)  # said now, not after the answers
+        if count() > 1 and not options.base_results:
+            raise UserError(
+                "several processes don't share the base's answers",
+                where="--kl",
+                mend="Give the base's own evaluation, --base_results DIR, or start one process.",
+            )
+    plain = options.kl and not options.restore and options.scale is None
+    tasks = load_suite(options.suite).given if options.suite else options.tasks.split(",")
     made = evaluate(
         options.model,
-        load_suite(options.suite).given if options.suite else options.tasks.split(","),
+        tasks,
         options.output_path,
         split=options.split,
         batch_size=options.batch_size,
@@ -280,11 +322,14 @@ def _eval(options: argparse.Namespace) -> None:
         predict_only=options.predict_only,
         skip_done=options.skip_done,
         restore=options.restore[0] if options.restore else None,
-        base=options.base,
+        base=None if plain else options.base,
+        scale=options.scale,
         decode=options.decode,
     )
     if rank() > 0:
         return
+    if options.kl:
+        made = add_kl(made, tasks, options.output_path, options.base, options.base_results, options.data_root)
     if not options.predict_only:
         print_results(made, _console())
     print(f"results: {options.output_path}")

@@ -172,7 +172,8 @@ class EvaluateOptions:
     split: of every task; by default each has its own reporting split. limit: the first so many questions
     of each task. root: where the data lies, instead of the protocols' own. dtype: float32 whatever the
     model trained in, since only there the size of a batch changes no answer. attribution: evaluates again
-    with each part that trained put back as in the base, to see where gain and forgetting sit.
+    with each part that trained put back as in the base, to see where gain and forgetting sit. scales: and
+    again with only these parts of the way from the base. kl: measures KL(base || tuned) on each task.
     """
 
     suite: str
@@ -183,8 +184,15 @@ class EvaluateOptions:
     root: Path | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     attribution: bool = False
+    scales: list[float] = field(default_factory=list)
+    kl: bool = False
 
     def check(self, fault: Report) -> None:
+        for i, scale in enumerate(self.scales):
+            if not 0 <= scale <= 1:
+                fault(f"scales.{i}", f"expected 0 to 1, found {scale}", "0 is the base, 1 the tuned model.")
+            if scale in self.scales[:i]:
+                fault(f"scales.{i}", f"{scale} is given twice")
         for name in ("batch_size", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -237,9 +245,10 @@ class RunOptions:
                 fault("stages", "an empty list")
         check_name(self.name, fault)
         whole = self.model.base and not any(getattr(self.model, part) for part in PARTS)
-        if self.evaluate and self.evaluate.attribution and not whole:
-            mend = "Start from model.base alone, or leave attribution out."
-            fault("evaluate.attribution", "there is no base model whose parts could be put back", mend)
+        for name in ("attribution", "scales", "kl"):
+            if self.evaluate and getattr(self.evaluate, name) and not whole:
+                mend = f"Start from model.base alone, or leave {name} out."
+                fault(f"evaluate.{name}", "there is no base model to go back to", mend)
         if not 0 <= self.seed < 2**32:
             fault("seed", f"expected 0 to {2**32 - 1}, found {self.seed}")
 

@@ -15,7 +15,7 @@ core.errors core.processes core.files core.table core.config core.versions
 data.chat data.image data.samples data.batches data.cards data.tiny data.tiny_tokenizer
 parts.spec parts.fingerprint parts.loading parts.vision.base parts.vision.clip
 parts.connector.base parts.connector.linear parts.connector.mlp
-parts.language parts.model
+parts.language parts.model parts.between
 tuning.base tuning.penalty tuning.frozen tuning.full tuning.lora tuning.sculpt tuning.kl
 evaluation.metrics.base evaluation.metrics.repair
 evaluation.metrics.ptb evaluation.metrics.coco_java evaluation.metrics.captions
@@ -23,7 +23,8 @@ evaluation.metrics.vqa evaluation.metrics.textvqa evaluation.metrics.vqav2 evalu
 evaluation.metrics.vizwiz evaluation.metrics.iconqa evaluation.metrics.exact
 evaluation.metrics.gqa evaluation.metrics.ocrvqa evaluation.metrics.scienceqa evaluation.metrics.pope
 evaluation.metrics evaluation.score evaluation.protocol evaluation.likelihood evaluation.generate
-evaluation.unfinished evaluation.restore evaluation.results evaluation.evaluate
+evaluation.unfinished evaluation.restore evaluation.variant evaluation.results evaluation.divergence
+evaluation.evaluate
 evaluation.significance
 evaluation.forgetting
 evaluation.differences

@@ -23,6 +23,7 @@ from mmtune.core.config import to_dict
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, write_json, write_text, writing
 from mmtune.core.versions import versions
+from mmtune.evaluation.divergence import SAME, add_kl
 from mmtune.evaluation.metrics.base import Question, some
 from mmtune.evaluation.protocol import Protocol, Suite, load_protocol
 from mmtune.evaluation.restore import check_restorable, find_base
@@ -47,6 +48,7 @@ def evaluate(
     skip_done: bool = False,
     restore: str | None = None,
     base: Path | None = None,
+    scale: float | None = None,
     decode: str | None = None,
 ) -> dict[str, Any]:
     """Writes `results.json` and, for each task, `samples_TASK.jsonl` (or only the answers) to `output`.
@@ -55,12 +57,14 @@ def evaluate(
     own reporting split. limit: the first so many questions of each task. seed: stamped, no more, for
     decoding is greedy. skip_done: where `output` holds these results of this very model already, they are
     returned. restore: a part that is put back as it is in `base`, the model folder that this one was trained
-    from (by default where its run says). decode: `generate` or `likelihood`, instead of what the protocols
-    say. Among several processes all do their share, the first one scores and writes, and what the others
+    from (by default where its run says). scale: only this part of the way from `base` to the model, 0 to 1.
+    decode: `generate` or `likelihood`, instead of what the protocols say. Among several processes all do their share, the first one scores and writes, and what the others
     return has no scores. Raises UserError.
     """
-    if base is not None and restore is None:
-        raise UserError("a base is given, but no part to put back", mend="Give --restore as well.")
+    if base is not None and restore is None and scale is None:
+        raise UserError("a base is given, but nothing to do with it", mend="Give --restore, --scale or --kl.")
+    if restore is not None and scale is not None:
+        raise UserError("--restore and --scale exclude each other", mend="Give one of the two.")
     protocols = [load_protocol(task) for task in tasks]
     names = [protocol.task for protocol in protocols]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -81,15 +85,18 @@ def evaluate(
     if restore is not None:
         base = find_base(model_folder, base)
         check_restorable(model_folder, restore, base)
+    if scale is not None:
+        base = find_base(model_folder, base)
     made: dict[str, Any] = {
         "results": {},
-        **run_header(model_folder, protocols, batch_size, limit, max_new_tokens, dtype, seed, restore),
+        **run_header(model_folder, protocols, batch_size, limit, max_new_tokens, dtype, seed, restore, scale),
         "configs": {p.task: {**to_dict(p), "hash": p.hash} for p in protocols},
         "data": {task: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for task, file in files.items()},
         "images": {p.task: str(((root or p.root) / p.images).resolve()) for p in protocols},
         "model": str(model_folder),
         "model_hash": model_hash(model_folder),
         "restored": restore,
+        "scale": scale,
         "base": str(base) if base else None,
         "base_hash": model_hash(base) if base else None,
         "split": split or "test",
@@ -111,7 +118,7 @@ def evaluate(
         return earlier
 
     from mmtune.evaluation.generate import answer_in_batches, best_device
-    from mmtune.parts.model import VisionLanguageModel
+    from mmtune.evaluation.variant import load_variant
 
     first = processes.rank() == 0
     with processes.joined():
@@ -120,9 +127,7 @@ def evaluate(
         made["config"]["device"] = best_device().type
         model = None
         if any(q.id not in kept[p.task].done for p, questions, _ in asked for q in questions):
-            instead = {restore: base} if restore and base else {}
-            model = VisionLanguageModel.from_pretrained(model_folder, dtype=dtype, instead=instead)
-            model.to(best_device())
+            model = load_variant(model_folder, dtype, restore, base, scale)
         # Gone before the first samples are replaced, back after the last: the two never belong to two models.
         if first:
             with writing(output / "results.json", "removed"):
@@ -154,26 +159,39 @@ def evaluate(
 
 
 def evaluate_suite(
-    model_folder: Path, suite: Suite, place: Path, split: str | None, attribution: bool = False, **how: Any
+    model_folder: Path,
+    suite: Suite,
+    place: Path,
+    split: str | None,
+    attribution: bool = False,
+    scales: Sequence[float] = (),
+    kl: bool = False,
+    **how: Any,
 ) -> list[dict[str, Any]]:
     """Evaluates a run's model on a suite, under `place`, where `mmtune report` looks; done ones are kept.
 
     attribution: then again with each part that was trained put back as in the base, one at a time.
+    scales: then again with each of these parts of the way from the base. kl: with the whole model's KL to it.
     how: as `evaluate` takes it. Raises UserError.
     """
     restored = changed_parts(model_folder, find_base(model_folder)) if attribution else []
-    return [
+    variants = [(None, None), *((part, None) for part in restored), *((None, scale) for scale in scales)]
+    made = [
         evaluate(
             model_folder,
             suite.given,
-            place / suite.folder(split, part),
+            place / suite.folder(split, part, scale),
             split=split,
             skip_done=True,
             restore=part,
+            scale=scale,
             **how,
         )
-        for part in (None, *restored)
+        for part, scale in variants
     ]
+    if kl:
+        add_kl(made[0], suite.given, place / suite.folder(split), root=how.get("root"))
+    return made
 
 
 def _check_choices(asked: Sequence[tuple[Protocol, Sequence[Question], int]]) -> None:
@@ -193,7 +211,7 @@ def _check_choices(asked: Sequence[tuple[Protocol, Sequence[Question], int]]) ->
 
 def _decides(made: dict[str, Any], protocol: Protocol) -> dict[str, Any]:
     """All that decides a task's answers: what was answered under another such header is not used."""
-    keys = ("model_hash", "restored", "base_hash", "limit", "decoding", "precision", "environment")
+    keys = ("model_hash", "restored", "scale", "base_hash", "limit", "decoding", "precision", "environment")
     exact = made["precision"] == "float32" and protocol.decode == "generate"
     return {
         **{key: made[key] for key in keys},
@@ -239,7 +257,7 @@ def _finished(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = read_json(output / "results.json")
     hashes = [{task: config["hash"] for task, config in each["configs"].items()} for each in (found, wanted)]
-    decides = ("model_hash", "restored", "base_hash", "data", "splits", "limit", "decoding", "precision")
+    decides = ("model_hash", "restored", "scale", "base_hash", *SAME)
     # Results without their pictures' folders are of an older mmtune, whose samples lack them too.
     same = "images" in found and hashes[0] == hashes[1] and all(found.get(k) == wanted[k] for k in decides)
     return found if same else None
@@ -247,14 +265,18 @@ def _finished(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
 
 def print_results(made: dict[str, Any], console: Console) -> None:
     """A line per task: score, standard error, how it was scored, how many questions."""
-    restored = made.get("restored")
-    table = Table(title=made["model"] + (f", {restored} as in {made['base']}" if restored else ""))
-    for heading in ("task", "split", "score", "stderr", "rule", "questions", "missing"):
+    title, restored, scale = made["model"], made.get("restored"), made.get("scale")
+    title += f", {restored} as in {made['base']}" if restored else ""
+    title += "" if scale is None else f", {scale:g} of the way from {made['base']}"
+    table, with_kl = Table(title=title), "kl_base" in made
+    headings = ("task", "split", "score", "stderr", "rule", "questions", "missing")
+    for heading in (*headings, *(["KL"] if with_kl else [])):
         justify: Any = "left" if heading in ("task", "split", "rule") else "right"
         table.add_column(heading, justify=justify, overflow="fold")  # cut names would read alike
     for task, result in made["results"].items():
         stderr = "-" if result["stderr"] is None else f"{result['stderr']:.2f}"
-        counts = str(result["n"]), str(result["missing"])
+        counts = [str(result["n"]), str(result["missing"])]
+        counts += [f"{result['kl']:.4f}"] if with_kl else []
         table.add_row(task, made["splits"][task], f"{result['score']:.2f}", stderr, result["rule"], *counts)
     console.print(table)
 

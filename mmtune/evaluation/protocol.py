@@ -257,15 +257,17 @@ class Suite:
         """All of them as `load_protocol` takes them: by name, the user's own by path."""
         return [self.files.get(task, task) for task in self.tasks]
 
-    def folder(self, split: str | None = None, restored: str | None = None) -> Path:
+    def folder(
+        self, split: str | None = None, restored: str | None = None, scale: float | None = None
+    ) -> Path:
         """Where the suite's evaluation lies under a run: eval/SUITE-SPLIT.
 
         Where each task is asked on its own reporting split (`split` is None) it is eval/SUITE-test.
-        With a part put back as in the base it is eval/SUITE-SPLIT-restore-PART.
+        With a part put back as in the base it is eval/SUITE-SPLIT-restore-PART, and a part of the way from
+        the base eval/SUITE-SPLIT-scale-S.
         """
-        return Path("eval") / (
-            f"{self.name}-{split or 'test'}" + (f"-restore-{restored}" if restored else "")
-        )
+        name = f"{self.name}-{split or 'test'}" + (f"-restore-{restored}" if restored else "")
+        return Path("eval") / (name + ("" if scale is None else f"-scale-{scale:g}"))
 
 
 def task_names() -> list[str]:

@@ -30,6 +30,7 @@ def run_header(
     dtype: str,
     seed: int,
     restore: str | None = None,
+    scale: float | None = None,
 ) -> dict[str, Any]:
     """What lmms-eval's results.json says of a run as a whole, but for the scores, the numbers of questions
     and the times.
@@ -38,6 +39,7 @@ def run_header(
     """
     arguments = [f"pretrained={model_folder}", f"dtype={dtype}"]
     arguments += [f"restore={restore}"] if restore else []
+    arguments += [] if scale is None else [f"scale={scale:g}"]
     tasks = [protocol.task for protocol in protocols]
     return {
         "group_subtasks": {task: [] for task in tasks},

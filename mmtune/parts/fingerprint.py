@@ -49,6 +49,13 @@ def changed_parts(folder: str | Path, base: str | Path) -> list[str]:
     ]
 
 
+def same_weights(folder: str | Path, base: str | Path, part: str) -> bool:
+    """Whether a part, its adapter apart, is the base's own, which has no adapter. Raises UserError."""
+    folders = shipped(folder), shipped(base)
+    own, its = (_contents(each, _config(each)[part]) for each in folders)
+    return "adapter" not in its and own.get("weights") == its.get("weights")
+
+
 def start_hash(model: ModelOptions) -> str | None:
     """The hash of the model folder that a run starts from.
 

@@ -258,6 +258,30 @@ def assemble(options: ModelOptions, exact: Collection[str] = ()) -> VisionLangua
     return VisionLanguageModel(vision, connector, language, made)
 
 
+def load_part(
+    folder: str | Path, name: str, like: VisionLanguageModel, merge: bool = False, dtype: str = "float32"
+) -> nn.Module:
+    """One part of a model folder, in evaluation mode, to take the place of the same part of `like`.
+
+    Its adapter, if it has one, is attached, or with `merge` folded into the weights. The other parts are not
+    loaded. Raises UserError where a file is missing or broken.
+    """
+    options = getattr(read_options(folder), name)
+    part: Any
+    if name == "connector":
+        part = CONNECTORS.load(options.kind)(like.vision.width, like.language.width)
+        part.to(torch_dtype(dtype))
+        part.load(Path(options.weights))
+    else:
+        part = (_vision if name == "vision" else _language)(options, torch_dtype(dtype))
+        part.hf.set_attn_implementation(like.options.attention)
+    if adapter := _adapters(folder).get(name):
+        attached = load_adapter(getattr(part, "hf", part), adapter)
+        if merge:
+            attached.merge_and_unload()
+    return part.eval()
+
+
 def read_options(folder: str | Path) -> ModelOptions:
     """The options a model folder was saved with, its relative paths resolved. Raises UserError."""
     folder = shipped(folder)

@@ -42,8 +42,9 @@ def add_kl(
 ) -> dict[str, Any]:
     """Adds `kl` and `kl_stderr` to each task of finished results, and `kl` to each row of their samples.
 
-    made: what `evaluate` returned for `tasks` and wrote to `output`. base: by default where the run says. base_results: a
-    folder with the base's own evaluation, whose answers are taken; without it they are generated.
+    made: what `evaluate` returned for `tasks` and wrote to `output`. base: by default where the run says.
+    base_results: a folder with the base's own evaluation, whose answers are taken; without it they are
+    generated.
     What is there already is kept. Raises UserError.
     """
     folder = Path(made["model"])

@@ -243,7 +243,7 @@ def test_what_cannot_be_put_back_is_said_before_the_model_is_loaded(
         evaluate(tuned / "final", ["tiny_text"], place, restore="vision")
     with pytest.raises(UserError, match="but this is model"):
         evaluate(tuned / "final", ["tiny_text"], place, restore="language", base=tuned / "final")
-    with pytest.raises(UserError, match="no part to put back"):
+    with pytest.raises(UserError, match="nothing to do with it"):
         evaluate(tuned / "final", ["tiny_text"], place, base=Path("base"))
     assert list(place.iterdir()) == []
 

@@ -26,7 +26,7 @@ def close(one: torch.Tensor, other: torch.Tensor) -> None:
 LORA = LoraOptions(lr=0, rank=4, alpha=8)
 FULL = FullOptions(lr=0)
 # What trains in each part; the language model of the last starts from one that has an adapter itself.
-WAYS = {
+WAYS: dict[str, dict[str, LoraOptions | FullOptions]] = {
     "adapter and connector": {"connector": FULL, "language": LORA},
     "adapters": {"connector": LORA, "language": LORA},
     "all in full": {"vision": FULL, "connector": FULL, "language": FULL},

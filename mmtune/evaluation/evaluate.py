@@ -58,8 +58,8 @@ def evaluate(
     decoding is greedy. skip_done: where `output` holds these results of this very model already, they are
     returned. restore: a part that is put back as it is in `base`, the model folder that this one was trained
     from (by default where its run says). scale: only this part of the way from `base` to the model, 0 to 1.
-    decode: `generate` or `likelihood`, instead of what the protocols say. Among several processes all do their share, the first one scores and writes, and what the others
-    return has no scores. Raises UserError.
+    decode: `generate` or `likelihood`, instead of what the protocols say. Among several processes all do
+    their share, the first one scores and writes, and what the others return has no scores. Raises UserError.
     """
     if base is not None and restore is None and scale is None:
         raise UserError("a base is given, but nothing to do with it", mend="Give --restore, --scale or --kl.")

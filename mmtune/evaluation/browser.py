@@ -62,7 +62,7 @@ def pictures_in_order(
     tasks: Mapping[str, TaskRows], examples: Mapping[str, Sequence[Example]]
 ) -> list[Picture]:
     """The pictures of all questions, those first that should be seen first: of the examples, then of
-    questions that changed sides; of each kind, the tasks in turn.
+    questions that changed sides, the largest loss first; then the tasks in turn.
     """
     ordered = []
     for number, (task, rows) in enumerate(tasks.items()):
@@ -70,10 +70,12 @@ def pictures_in_order(
             continue
         shown = {example.question_id for example in examples.get(task, ())}
         for place, (question, row) in enumerate(rows.before.items()):
-            kind = flip(row["score"], [answers[question]["score"] for answers in rows.after.values()])
+            scores = [answers[question]["score"] for answers in rows.after.values()]
+            kind = flip(row["score"], scores)
             urgency = -1 if question in shown else FLIPS.index(kind)
-            ordered += [(urgency, place, number, (rows.images, name)) for name in images_of(row)]
-    return [picture for _, _, _, picture in sorted(ordered, key=lambda each: each[:3])]
+            loss = sum(row["score"] - score for score in scores)
+            ordered += [(urgency, -loss, place, number, (rows.images, name)) for name in images_of(row)]
+    return [its[-1] for its in sorted(ordered, key=lambda each: each[:-1])]
 
 
 class _Numbers:

@@ -129,15 +129,17 @@
     const given = element("ul", "", "given");
     for (const { answer, score: its, models } of shared.values()) {
       const line = element("li");
-      const right = its >= RIGHT;
-      const mark = element("span", right ? "✓" : "✗", right ? "right" : "wrong");
-      mark.setAttribute("aria-hidden", "true");
-      line.append(mark, element("span", right ? "right: " : "wrong: ", "hidden"));
+      if (question.task.graded) {
+        const right = its >= RIGHT;
+        const mark = element("span", right ? "✓" : "✗", right ? "right" : "wrong");
+        mark.setAttribute("aria-hidden", "true");
+        line.append(mark, element("span", right ? "right: " : "wrong: ", "hidden"));
+      }
       const text = data.texts[answer];
       if (answer < 0) line.append(element("i", "no answer"));
       else if (text === "") line.append(element("i", "an empty answer"));
       else line.append(element("span", text, "answer"));
-      if (its !== 0 && its !== 100) line.append(element("span", ` ${(its / 100).toFixed(2)}`, "pale"));
+      if (!question.task.graded || (its !== 0 && its !== 100)) line.append(element("span", ` ${(its / 100).toFixed(2)}`, "pale"));
       line.append(" ");
       models.forEach((model, place) => {
         const method = model ? data.methods[model - 1] : { name: "base", look: "base" };

@@ -28,7 +28,7 @@ from mmtune.evaluation.frontier import (
     looks,
 )
 from mmtune.evaluation.provenance import made_box, said
-from mmtune.evaluation.terminal import HEADINGS
+from mmtune.evaluation.terminal import HEADINGS, p_value
 from mmtune.evaluation.thumbnails import Thumbnails
 
 TEMPLATE = "page.html.j2"  # with page.css and page.js in it
@@ -59,14 +59,24 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"points": points, "plain": plain, "breakable": breakable, "said": said}
+    environment.filters |= {
+        "points": points,
+        "plain": plain,
+        "breakable": breakable,
+        "said": said,
+        "p_value": p_value,
+        "half_width": half_width,
+    }
     made = report["made_with"]
     tasks = [*made["source"], *made["target"]]
     short, look = short_names(tasks), looks(report)
     script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
     box = made_box(report)
     browsed = browser_data(questions, thumbnails)
-    browsed["tasks"] = [{"task": task, "name": short[task], **its} for task, its in browsed["tasks"].items()]
+    browsed["tasks"] = [
+        {"task": task, "name": short[task], "graded": is_graded(report, task), **its}
+        for task, its in browsed["tasks"].items()
+    ]
     browsed["methods"] = [
         {"name": group["label"], "look": look[group["label"]][0]} for group in report["groups"]
     ]
@@ -85,6 +95,16 @@ def render_page(
         narrow=Markup(frontier_svg(report, narrow=True)),
         numbered={"wide": is_numbered(report, False), "narrow": is_numbered(report, True)},
         sets=[_set(report, task, look) for task in tasks],
+        chances=lambda group: [
+            *(group["change"][which] for which in ("source", "target")),
+            *(group["change"]["tasks"][task] for task in tasks),
+        ],
+        rivals=[
+            pair
+            for pair in report.get("between", {}).get("pairs", [])
+            if pair["b"] == report["between"]["best"]
+        ],
+        looks=look,
         variants=[
             name
             for name in HEADINGS
@@ -95,6 +115,7 @@ def render_page(
         thumbnail=lambda task, name: thumbnails.uris.get((questions[task].images or "", name)),
         box=box,
         notes=notes(questions, thumbnails),
+        graded={task: is_graded(report, task) for task in tasks},
         several_questions=sum(len(rows.before) for rows in questions.values()),
         css=Markup((Path(__file__).parent / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
@@ -127,7 +148,14 @@ def _set(report: dict[str, Any], task: str, look: Mapping[str, tuple[int, int]])
         rows.append(
             {"label": group["label"], "look": look[group["label"]], "score": cell["mean"], "half": half}
         )
-    return {"task": task, "base": base, "base_half": _half95(base), "rows": rows}
+    ends = [row["score"] + (row["half"] or 0) for row in rows]
+    full = max(100, base["score"] + (_half95(base) or 0), *ends)  # CIDEr x 100 has no highest
+    return {"task": task, "base": base, "base_half": _half95(base), "rows": rows, "scale": 100 / full}
+
+
+def is_graded(report: dict[str, Any], task: str) -> bool:
+    """Whether a question's score says how right its answer is; CIDEr, which has no highest, does not."""
+    return report["base"]["scores"][task].get("unit", "%") == "%"
 
 
 def _half95(score: Mapping[str, Any]) -> float | None:

@@ -34,7 +34,7 @@ def test_what_became_of_a_question() -> None:
     assert flip(0.5, [1.0, 0.4]) == "lost" and flip(0.4, [0.0, 0.5]) == "won"
 
 
-def test_pictures_of_examples_come_first_then_those_of_questions_that_changed_sides() -> None:
+def test_pictures_of_examples_come_first_then_of_questions_that_changed_sides() -> None:
     def task(folder: str | None, scores: list[tuple[float, float]]) -> TaskRows:
         before = {str(n): row(base, [f"{n}.png", f"{n}b.png"]) for n, (base, _) in enumerate(scores)}
         after = {str(n): row(its) for n, (_, its) in enumerate(scores)}

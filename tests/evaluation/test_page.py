@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from mmtune.evaluation.browser import TaskRows
-from mmtune.evaluation.examples import plain
+from mmtune.evaluation.examples import Example, Given, plain
 from mmtune.evaluation.page import points, render_page
 from mmtune.evaluation.provenance import said
 from mmtune.evaluation.report import make_report
+from mmtune.evaluation.terminal import p_value
 from mmtune.evaluation.thumbnails import Thumbnails
 from tests import browser
 from tests.made_up_runs import GROUPS, SOURCE, TASKS, TINY, base_of, world
@@ -168,6 +169,41 @@ def test_nothing_a_model_or_a_file_says_becomes_markup(tmp_path: Path) -> None:
     warned = Elements(render_page(report, *NOTHING))
     assert HOSTILE in "".join(warned.text)
     assert warned.names().count("script") == 2
+
+
+def test_chance_and_what_was_lost_stand_beside_the_scores(made: tuple[dict[str, Any], str]) -> None:
+    report, text = made[0], words(Elements(made[1]))
+    assert "Could it be chance?" in text
+    for group in report["groups"]:
+        change = group["change"]["source"]
+        p = f"p {p_value(change.get('p_holm', change['p']))}"
+        assert f"{points(change['difference'], True)}{p}from {points(change['detectable'])}" in text
+        for task in SOURCE:
+            assert f"{points(100 * group['retention'][task]['mean'])} % kept" in text
+    (pair,) = report["between"]["pairs"]
+    assert f"Against {pair['b']}, which has the best Mean" in text
+    half = (pair["source"]["ci95"][1] - pair["source"]["ci95"][0]) / 2
+    assert f"{pair['a']}{points(pair['source']['difference'], True)} ± {points(half)}" in text
+    report = copy.deepcopy(report)
+    parts = {"knowledge": {"mean": 12.3, "sd": None}, "format": {"mean": 4.56, "sd": None}}
+    report["groups"][0]["lost"] = {SOURCE[0]: parts}
+    assert "12.3 knowledge, 4.6 format" in words(Elements(render_page(report, *NOTHING)))
+
+
+def test_a_set_of_captions_is_not_out_of_a_hundred(made: tuple[dict[str, Any], str]) -> None:
+    report = copy.deepcopy(made[0])
+    for model in (report["base"], *report["runs"]):
+        model["scores"][SOURCE[0]] |= {"unit": "CIDEr x 100", "score": 150.0, "stderr": 3.0}
+    given = [Given("a cat", 0.85, ["base"])]
+    examples = {task: [Example("q", "", [], given)] if task in SOURCE[:2] else [] for task in TASKS}
+    page = render_page(report, examples, *NOTHING[1:])
+    text = words(Elements(page))
+    assert "200 questions, CIDEr x 100" in text and "but where a unit is given" in text
+    assert text.count("right: a cat") == 1  # of the set that is no caption
+    widths = [
+        float(width) for width in re.findall(r'<rect class="(?:star|fill-\d)"[^>]* width="([\d.]+)%"', page)
+    ]
+    assert max(widths) < 100 and sum(width > 90 for width in widths) >= 3
 
 
 def test_attribution_is_shown_where_there_is_some(made: tuple[dict[str, Any], str]) -> None:

@@ -133,12 +133,12 @@ def _generate(
     produced = model.generate(padded.to(device), max_new_tokens, stop)
     texts = [str(model.language.tokenizer.decode(ids, skip_special_tokens=True)) for ids in produced]
     return [
-        {"question_id": question.id, "text": _cut(text, stop).strip()}
+        {"question_id": question.id, "text": cut(text, stop).strip()}
         for question, text in zip(batch, texts, strict=True)
     ]
 
 
-def _cut(text: str, stop: Sequence[str]) -> str:
+def cut(text: str, stop: Sequence[str]) -> str:
     """What stands before the first of the strings."""
     return text[: min((text.find(string) for string in stop if string in text), default=len(text))]
 

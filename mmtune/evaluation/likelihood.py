@@ -30,10 +30,14 @@ class Asked:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of one option, in nats: the sum over its tokens and their mean."""
+    """Of one option, in nats: the sum over its tokens and their mean.
+
+    greedy: every token of it is the one that greedy decoding would take there.
+    """
 
     total: float
     per_token: float
+    greedy: bool
 
 
 @torch.no_grad()
@@ -75,10 +79,12 @@ def _batch(model: VisionLanguageModel, rows: Sequence[tuple[Asked, str]]) -> lis
     hidden = model.language.hidden(model.splice(batch), batch.attention_mask)[:, :-1]
     supervised = labels[:, 1:] != IGNORE
     logits = model.language.logits(hidden[supervised]).float()
-    of_token = logits.log_softmax(-1).gather(-1, labels[:, 1:][supervised].unsqueeze(-1)).squeeze(-1)
+    wanted = labels[:, 1:][supervised]
+    of_token = logits.log_softmax(-1).gather(-1, wanted.unsqueeze(-1)).squeeze(-1)
     counts = supervised.sum(1).tolist()
     sums = [math.fsum(tokens.tolist()) for tokens in of_token.split(counts)]
+    greedy = [bool(tokens.all()) for tokens in (logits.argmax(-1) == wanted).split(counts)]
     return [
-        Likelihood(round(total, DIGITS), round(total / count, DIGITS))
-        for total, count in zip(sums, counts, strict=True)
+        Likelihood(round(total, DIGITS), round(total / count, DIGITS), taken)
+        for total, count, taken in zip(sums, counts, greedy, strict=True)
     ]

@@ -20,7 +20,8 @@ from mmtune.core.errors import UserError
 from mmtune.data.batches import pad
 from mmtune.data.chat import IMAGE, Turn
 from mmtune.data.image import ImageTransform, load_image, upright_rgb
-from mmtune.evaluation.generate import best_device
+from mmtune.evaluation.generate import best_device, cut
+from mmtune.evaluation.likelihood import Asked, likelihoods
 from mmtune.parts.model import VisionLanguageModel
 
 MOST_TOKENS = 1024  # of an answer, where a task says nothing: what lmms-eval's own LLaVA models take
@@ -72,34 +73,49 @@ class MmtuneModel(lmms):
         return [answers[number] for number in range(len(requests))]
 
     def _answer(self, requests: Sequence[Instance], most: int, until: Sequence[str]) -> list[str]:
-        prompts, pictures = [], []
-        for request in requests:
-            context, _, doc_to_visual, doc_id, task, split = request.args
-            own = [_picture(visual) for visual in doc_to_visual(self.task_dict[task][split][doc_id]) or []]
-            prompts.append(self._prompt(context, len(own), f"task {task}, document {doc_id}"))
-            pictures.append(_stack(own, self.model.transform))
+        asked = [self._asked(request) for request in requests]
+        prompts = [self.model.chat.prompt(each.turns) for each in asked]
+        for each, ids in zip(asked, prompts, strict=True):
+            if len(ids) >= self.model.chat.context:
+                raise UserError(
+                    f"{len(ids)} tokens are asked, the model's context has {self.model.chat.context}",
+                    where=each.id,
+                    mend="Take a model with a longer context.",
+                )
         batch = pad(prompts, self.model.language.pad_id, left=True)
-        batch.images = torch.cat(pictures)
-        produced = self.model.generate(batch.to(self.device), most)
+        batch.images = torch.cat([each.pictures for each in asked])
+        produced = self.model.generate(batch.to(self.device), most, until)
         texts = [str(self.model.language.tokenizer.decode(ids, skip_special_tokens=True)) for ids in produced]
-        return [_cut(text, until).strip() for text in texts]
+        return [cut(text, until).strip() for text in texts]
 
-    def _prompt(self, context: str, pictures: int, where: str) -> list[int]:
-        """The ids of one question. A task that places no pictures itself has them before its text."""
-        text = context if IMAGE in context else f"{IMAGE}\n" * pictures + context
-        if text.count(IMAGE) != pictures:
-            raise UserError(f"{text.count(IMAGE)} times {IMAGE} for {pictures} pictures", where=where)
-        ids = self.model.chat.prompt([Turn("user", text)])
-        if len(ids) >= self.model.chat.context:
-            raise UserError(
-                f"{len(ids)} tokens are asked, the model's context has {self.model.chat.context}",
-                where=where,
-                mend="Take a model with a longer context.",
-            )
-        return ids
+    def _asked(self, request: Instance) -> Asked:
+        """What is asked, with its pictures. A task that places none of them itself has them before its text.
+
+        options: the continuation, where one is to be judged; the chat format writes the space before it.
+        """
+        context, said, doc_to_visual, doc_id, task, split = request.args
+        where, doc = f"task {task}, document {doc_id}", self.task_dict[task][split][doc_id]
+        pictures = [_picture(visual) for visual in doc_to_visual(doc) or []]
+        text = context if IMAGE in context else f"{IMAGE}\n" * len(pictures) + context
+        if text.count(IMAGE) != len(pictures):
+            raise UserError(f"{text.count(IMAGE)} times {IMAGE} for {len(pictures)} pictures", where=where)
+        judged = [] if isinstance(said, dict) else [said if isinstance(said, str) else said(doc)]
+        options = [str(continuation).strip() for continuation in judged]
+        return Asked(where, [Turn("user", text)], options, _stack(pictures, self.model.transform))
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("mmtune takes no loglikelihood tasks in lmms-eval yet")
+        """For each continuation (-log p, whether greedy decoding would give it); lmms-eval takes the least.
+
+        A continuation is a whole answer, its end token included, as `mmtune eval --decode likelihood` counts.
+        """
+        if any(len(request.args) != 6 for request in requests):
+            raise UserError("continuations without a question (acc_mutual_info) are not supported")
+        found: list[tuple[float, bool]] = []
+        for start in tqdm(range(0, len(requests), self.batch_size), desc="mmtune", disable=self.rank != 0):
+            asked = [self._asked(request) for request in requests[start : start + self.batch_size]]
+            judged = likelihoods(self.model, asked, self.batch_size)
+            found += [(-option.total, option.greedy) for (option,) in judged]
+        return found
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise NotImplementedError("mmtune answers one turn at a time: no generate_until_multi_round tasks")
@@ -123,11 +139,6 @@ def _ends(said: dict[str, Any], task: str) -> tuple[int, tuple[str, ...]]:
         )
     until = said.get("until") or []
     return int(said.get("max_new_tokens") or MOST_TOKENS), tuple([until] if isinstance(until, str) else until)
-
-
-def _cut(text: str, until: Sequence[str]) -> str:
-    """What stands before the first of the strings."""
-    return text[: min((text.find(string) for string in until if string in text), default=len(text))]
 
 
 def _picture(visual: Any) -> Image.Image:

@@ -74,7 +74,8 @@ def test_of_equal_options_the_first(model: VisionLanguageModel) -> None:
     (found,) = likelihoods(model, [replace(ASKED[0], options=["two", "one", "two", "one"])], 3)
     assert (found[0], found[1]) == (found[2], found[3])
     assert likeliest(found) == (0 if found[0].total > found[1].total else 1)
-    assert likeliest([Likelihood(-3, -1), Likelihood(-2, -2), Likelihood(-2, -0.1)]) == 1
+    found = [Likelihood(total, mean, False) for total, mean in ((-3, -1), (-2, -2), (-2, -0.1))]
+    assert likeliest(found) == 1
 
 
 def test_options_beyond_the_context(model: VisionLanguageModel) -> None:

@@ -71,13 +71,10 @@ def requests_for(model: Any, tasks: list[str], **said: Any) -> tuple[list[Reques
         for number, question in enumerate(questions):
             text = protocol.turns(question)[0].text.removeprefix("<image>\n")
             asked = {"max_new_tokens": protocol.max_new_tokens, **said}
-            requests.append(Request((text, asked, _visual, number, task, "test"), task))
+            shown = [Image.open(protocol.root / protocol.images / image) for image in question.images]
+            requests.append(Request((text, asked, lambda _, shown=shown: shown, number, task, "test"), task))
             ids.append(question.id)
     return requests, ids
-
-
-def _visual(question: Any) -> list[Image.Image]:
-    return [Image.open(Path("datasets/tiny") / question.image)] if question.image else []
 
 
 def answers_of(folder: Path, tasks: list[str]) -> list[str]:
@@ -152,6 +149,42 @@ def test_what_it_cannot_show_is_said(plugin: Any, world: Path, monkeypatch: pyte
     assert len(set(model.generate_until([*alike, opened]))) == 1
     with pytest.raises(UserError, match="batch size 'auto'"):
         plugin.MmtuneModel("base", batch_size="auto")
+
+
+def test_likelihoods_are_those_of_mmtune_eval(
+    plugin: Any, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world)
+    evaluate(Path("base"), ["tiny_iconqa"], tmp_path, decode="likelihood")
+    rows = [json.loads(line) for line in (tmp_path / "samples_tiny_iconqa.jsonl").read_text().splitlines()]
+    model = plugin.MmtuneModel("base", batch_size=5, device="cpu")
+    asked, _ = requests_for(model, ["tiny_iconqa"])
+    questions = model.task_dict["tiny_iconqa"]["test"]
+    protocol = load_protocol("tiny_iconqa")
+    requests, expected = [], []
+    for request, question, row in zip(asked, questions, rows, strict=True):
+        text, _, *rest = request.args
+        for option in protocol.candidates(question):
+            requests.append(Request((text, f" {option}", *rest), "tiny_iconqa"))
+        expected += [-value for value in row["loglikelihood"]]
+    found = model.loglikelihood(requests)
+    assert [loss for loss, _ in found] == pytest.approx(expected, abs=2e-4)
+
+
+def test_what_greedy_decoding_says_is_greedy(
+    plugin: Any, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world)
+    model = plugin.MmtuneModel(str(share("data") / "tiny" / "model"), batch_size=3, device="cpu")
+    asked = requests_for(model, ["tiny_colour"])[0]
+    said = model.generate_until(asked)
+    for end, expected in (("", True), ("er", False)):
+        # lmms-eval hands over a text, or a function of the document.
+        requests = [
+            Request((request.args[0], lambda _, text=text + end: text, *request.args[2:]), "")
+            for request, text in zip(asked, said, strict=True)
+        ]
+        assert [greedy for _, greedy in model.loglikelihood(requests)] == [expected] * len(said)
 
 
 def test_the_entry_point_and_nothing_else_leads_here() -> None:

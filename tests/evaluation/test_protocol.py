@@ -240,6 +240,18 @@ def test_a_suite_bears_the_name_of_its_file(tmp_path: Path, monkeypatch: pytest.
         load_suite("one")
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (share("eval") / "suites").glob("*.yaml")))
+def test_every_suite_can_be_loaded(name: str) -> None:
+    suite = load_suite(name)
+    assert suite.given == suite.tasks and set(suite.tasks) <= set(task_names())
+
+
+def test_the_forgetting_suites_have_lorasculpts_upstream_sets() -> None:
+    for name, target in (("forgetting", "iconqa_choose_txt"), ("forgetting_coco", "coco_caption")):
+        assert load_suite(name).source == ["okvqa", "ocrvqa", "gqa", "textvqa"]
+        assert load_suite(name).target == [target]
+
+
 def test_the_tiny_suite_is_five_and_one() -> None:
     suite = load_suite("tiny")
     assert len(suite.source) == 5

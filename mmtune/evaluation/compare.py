@@ -25,8 +25,11 @@ from mmtune.evaluation.significance import detectable, holm, normal_p, paired
 from mmtune.evaluation.terminal import p_value
 
 Pairs = list[tuple[Row, Row]]
-SAME = ("model", "made by")
-"""Settings that are named and may differ: that they do is what is compared."""
+OTHERWISE_ALIKE = (
+    *("part put back", "rule", "metric", "split", "annotation file", "data set", "longest answer", "limit"),
+    *("batch size", "precision", "prompt"),
+)
+"""What has to be the same for a difference to be one of the models."""
 
 
 def compare(a: Path, b: Path, named: Sequence[str] = (), output: Path | None = None) -> dict[str, Any]:
@@ -133,7 +136,7 @@ def match(a: Sequence[Row], b: Sequence[Row]) -> tuple[Pairs, str | None, str]:
         return [], None, f"unpaired, for there are no scores of single questions of {missing}"
     ways: list[tuple[str, float, Callable[[Row], Any]]] = [
         ("question id", 0.5, lambda row: row.question_id),
-        ("picture and question", 0, lambda row: row.image and (row.image, _question(row))),
+        ("picture and question", 0, lambda row: row.image and (_name(row.image), _question(row))),
         ("place in the data set", 1, lambda row: row.index),
         ("text of the question", 0, lambda row: _question(row) or None),
     ]
@@ -152,6 +155,11 @@ def _once(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, Row]:
     for row in rows:
         found.setdefault(key(row), []).append(row)
     return {k: its[0] for k, its in found.items() if k is not None and k != "" and len(its) == 1}
+
+
+def _name(image: str) -> str:
+    """A picture's file name, wherever its folder lies; a picture written out stands for itself."""
+    return image if image.startswith("data:") else Path(image).name
 
 
 def _question(row: Row) -> str:
@@ -226,7 +234,7 @@ def _settings(name: str, row: dict[str, Any]) -> Table:
         table.add_column(heading, overflow="fold")
     for key, its in row["made"].items():
         mark = {True: "", False: "≠", None: "?"}[its["same"]]
-        style = "bold yellow" if its["same"] is False and key not in SAME else ""
+        style = "bold yellow" if its["same"] is False and key in OTHERWISE_ALIKE else ""
         told = [Text("not said" if its[side] is None else _short(its[side]), style=style) for side in "ab"]
         table.add_row(Text(mark, style=style), Text(key, style=style), *told)
     return table
@@ -238,8 +246,8 @@ def _short(text: str, longest: int = 200) -> str:
 
 
 def _warnings(row: dict[str, Any]) -> list[str]:
-    differs = [key for key, its in row["made"].items() if its["same"] is False and key not in SAME]
-    unsaid = [key for key, its in row["made"].items() if its["same"] is None]
+    differs = [key for key, its in row["made"].items() if its["same"] is False and key in OTHERWISE_ALIKE]
+    unsaid = [key for key, its in row["made"].items() if its["same"] is None and key in OTHERWISE_ALIKE]
     lines = []
     if differs:
         lines.append(f"not made in the same way ({', '.join(differs)}): the difference may come from that")

@@ -134,7 +134,7 @@ def _ours(folder: Folder, task: str) -> Scored:
         "rule": row.get("rule"),
         "metric": row.get("metric"),
         "split": results.get("splits", {}).get(task),
-        "questions": results.get("data", {}).get(task),
+        "annotation file": results.get("data", {}).get(task),
         "protocol": config.get("hash"),
         "longest answer": longest if isinstance(longest, int) else config.get("max_new_tokens"),
         "limit": results.get("limit") or "none",
@@ -178,7 +178,7 @@ def _lmms_eval(folder: Folder, task: str) -> Scored:
         "rule": "lmms-eval",
         "metric": name,
         "split": config.get("test_split"),
-        "questions": " ".join(filter(None, [config.get("dataset_path"), config.get("dataset_name")])),
+        "data set": " ".join(filter(None, [config.get("dataset_path"), config.get("dataset_name")])),
         "longest answer": (config.get("generation_kwargs") or {}).get("max_new_tokens"),
         "limit": asked.get("limit") or "none",
         "batch size": asked.get("batch_size"),
@@ -202,7 +202,9 @@ def _rows(samples: list[dict[str, Any]], metric: str, mean: float) -> list[Row]:
         value = value.get("score") if isinstance(value, dict) else value
         if not isinstance(value, (int, float)):
             return []
+        media = sample.get("input_media")
         image = _text(_look_up(sample, ("image_id", "imageId")))
+        image = image or (" ".join(map(str, media)) if isinstance(media, list) else None) or None
         rows.append(
             Row(
                 score=float(value),

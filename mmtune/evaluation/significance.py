@@ -33,9 +33,9 @@ def paired(differences: Sequence[float], clusters: Sequence[str]) -> dict[str, A
 
     difference; stderr (clustered, None for a single question) and ci95, its central-limit interval;
     ci95_bootstrap; p, two-sided, and the test that made it; detectable, the smallest difference that such a
-    comparison shows (two-sided 5 %, power 80 %); n, and how many clusters. Where scores are 0 or 1 also
-    p_mcnemar: McNemar's test takes the questions for independent, so it makes the headline only where no two
-    of those that changed sides share a picture. There the two tests agree exactly.
+    comparison shows (two-sided 5 %, power 80 %; None where no answer changed); n, and how many clusters.
+    Where scores are 0 or 1 also p_mcnemar: McNemar's test takes the questions for independent, so it makes
+    the headline only where no two of those that changed sides share a picture. There the two agree exactly.
     """
     values = np.asarray(differences, dtype=float)
     sums, sizes = _by_cluster(values, clusters)
@@ -46,7 +46,7 @@ def paired(differences: Sequence[float], clusters: Sequence[str]) -> dict[str, A
         "stderr": stderr,
         "ci95": None if stderr is None else [difference - Z95 * stderr, difference + Z95 * stderr],
         "ci95_bootstrap": bootstrap95(sums, sizes),
-        "detectable": None if stderr is None else detectable(stderr),
+        "detectable": detectable(stderr) if stderr else None,
         "n": len(values),
         "clusters": len(sums),
     }

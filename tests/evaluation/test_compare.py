@@ -48,7 +48,14 @@ def ours(folder: Path, scores: dict[str, list[float]], suffix: str = SUFFIX, **c
     return folder
 
 
-def theirs(folder: Path, task: str, scores: list[float], ids: bool = True, samples: bool = True) -> Path:
+def theirs(
+    folder: Path,
+    task: str,
+    scores: list[float],
+    ids: bool = True,
+    samples: bool = True,
+    pictures: bool = False,
+) -> Path:
     """As lmms-eval 0.7.3 writes it with --log_samples: no doc, the ids in what a metric carries along."""
     place = folder / "llava-hf__llava-1.5-7b-hf"
     place.mkdir(parents=True)
@@ -79,6 +86,8 @@ def theirs(folder: Path, task: str, scores: list[float], ids: bool = True, sampl
         }
         for i, score in enumerate(scores)
     ]
+    for i, row in enumerate(rows if pictures else []):
+        row["input_media"] = [f"/data/{i // 2}.png"]
     (place / "20261121_101010_results.json").write_text(json.dumps(results))
     if samples:
         write_rows(place / f"20261121_101010_samples_{task}.jsonl", rows)
@@ -146,7 +155,7 @@ def test_ours_and_lmms_evals(tmp_path: Path, ids: bool, by: str) -> None:
     assert (
         "WARNING: textvqa=textvqa_val: not made in the same way (rule, metric, batch size, precision)" in text
     )
-    assert "only one side says its" in text and "lmms-eval 0.7.3" in text
+    assert "only one side says its longest answer, split, data set" in text and "lmms-eval 0.7.3" in text
 
 
 def test_two_of_lmms_evals_know_no_picture(tmp_path: Path) -> None:
@@ -156,6 +165,10 @@ def test_two_of_lmms_evals_know_no_picture(tmp_path: Path) -> None:
     row = report["tasks"]["gqa"]
     assert (row["paired"], row["clustered"], row["clusters"]) == (True, False, 60)
     assert "questions count as independent" in printed(report)
+    sides = [theirs(tmp_path / side, "gqa", vqa(i), False, pictures=True) for i, side in enumerate("cd")]
+    row = compare(sides[0], sides[1])["tasks"]["gqa"]
+    assert (row["clustered"], row["clusters"]) == (True, 30)
+    assert row["matched_by"] == "picture and question"
 
 
 def test_another_prompt_is_said_loudly(tmp_path: Path) -> None:

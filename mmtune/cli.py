@@ -336,7 +336,7 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
-    from mmtune.core.files import write_text
+    from mmtune.core.files import readable_json, write_text
     from mmtune.evaluation.protocol import load_protocol
     from mmtune.evaluation.score import score_file
 
@@ -349,7 +349,7 @@ def _score(options: argparse.Namespace) -> None:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in score.per_question)
         write_text(options.per_sample, lines)
     expected = {"expected": protocol.expect[split]} if split in protocol.expect else {}
-    print(json.dumps({**score.summary(), "split": split, **expected}, indent=2, ensure_ascii=False))
+    print(readable_json({**score.summary(), "split": split, **expected}))
 
 
 def _report(options: argparse.Namespace) -> None:

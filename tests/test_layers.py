@@ -21,6 +21,7 @@ evaluation.metrics.base evaluation.metrics.repair
 evaluation.metrics.ptb evaluation.metrics.coco_java evaluation.metrics.captions
 evaluation.metrics.vqa evaluation.metrics.textvqa evaluation.metrics.vqav2 evaluation.metrics.okvqa
 evaluation.metrics.vizwiz evaluation.metrics.iconqa evaluation.metrics.exact
+evaluation.metrics.classification
 evaluation.metrics.gqa evaluation.metrics.ocrvqa evaluation.metrics.scienceqa evaluation.metrics.pope
 evaluation.metrics evaluation.score evaluation.protocol evaluation.likelihood evaluation.generate
 evaluation.unfinished evaluation.restore evaluation.variant evaluation.results evaluation.divergence

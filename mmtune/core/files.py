@@ -232,6 +232,24 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def readable_json(value: Any, indent: str = "") -> str:
+    """Indented JSON, in which a list of plain values and what else holds only numbers stand on one line."""
+    parts = list(value.values()) if isinstance(value, dict) else value
+    plain = (int, float) if isinstance(value, dict) else (int, float, str)
+    if not isinstance(parts, list) or all(isinstance(part, plain) for part in parts):
+        return json.dumps(value, ensure_ascii=False)
+    deeper = indent + "  "
+    names = (
+        [f"{json.dumps(name, ensure_ascii=False)}: " for name in value] if isinstance(value, dict) else None
+    )
+    lines = [
+        f"{deeper}{names[place] if names else ''}{readable_json(part, deeper)}"
+        for place, part in enumerate(parts)
+    ]
+    opening, closing = "{}" if names else "[]"
+    return f"{opening}\n" + ",\n".join(lines) + f"\n{indent}{closing}"
+
+
 def share(kind: str) -> Path:
     """The folder of what ships with mmtune: `data` (cards, the tiny model) or `eval` (protocols, suites).
 

@@ -3,6 +3,7 @@
 from mmtune.core.table import Table
 from mmtune.evaluation.metrics import (
     captions,
+    classification,
     exact,
     gqa,
     iconqa,
@@ -19,6 +20,7 @@ from mmtune.evaluation.metrics import (
 __all__ = [
     "FORMATS",
     "captions",
+    "classification",
     "exact",
     "gqa",
     "iconqa",
@@ -48,6 +50,7 @@ FORMATS = Table(
         "scienceqa": "mmtune.evaluation.metrics:scienceqa",
         "pope": "mmtune.evaluation.metrics:pope",
         "captions": "mmtune.evaluation.metrics:captions",
+        "classification": "mmtune.evaluation.metrics:classification",
         "llava_jsonl": "mmtune.evaluation.metrics:exact",
     },
 )

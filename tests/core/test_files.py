@@ -18,6 +18,7 @@ from mmtune.core.files import (
     read_json,
     read_jsonl,
     read_text,
+    readable_json,
     remove_folder,
     remove_partials,
     replacing,
@@ -231,3 +232,23 @@ def test_a_failing_write_says_where_and_why(tmp_path: Path, error: Exception) ->
 def test_a_fault_of_ours_in_a_write_stays_one(tmp_path: Path) -> None:
     with pytest.raises(SafetensorError), writing(tmp_path / "file"):
         raise SafetensorError("no such tensor")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        [],
+        [1, 2],
+        {"a": [[1, 2], [3]], "b": {"c": 1.5}, "d": {"e": None, "ü\n[": ["x", "y"]}},
+        "é",
+        None,
+        [[], {}],
+    ],
+)
+def test_readable_json_is_the_same_value(value: object) -> None:
+    assert json.loads(readable_json(value)) == value
+
+
+def test_readable_json_keeps_a_row_on_one_line() -> None:
+    assert readable_json({"rows": [[1, 2], [3, 4]]}) == '{\n  "rows": [\n    [1, 2],\n    [3, 4]\n  ]\n}'

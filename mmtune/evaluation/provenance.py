@@ -10,8 +10,12 @@ from typing import Any
 
 from mmtune.core.files import read_json
 
-SAME = ("decoding", "precision", "batch_size", "padding", "versions")  # of all models, or a warning says so
+TRAINED = {"Config": "config", "Training data": "data", "Trained by commit": "commit"}
 EVALUATED = {
+    "Precision": "precision",
+    "Batch size": "batch_size",
+    "Padding": "padding",
+    "Versions": "versions",
     "Model": "model_hash",
     "Evaluated by commit": "commit",
     "Device": "device",
@@ -23,9 +27,9 @@ def made_by(folder: Path) -> dict[str, Any]:
     """What an evaluation's results.json says of itself, and a command that makes it again."""
     results = read_json(folder / "results.json")
     return {
-        "model": results.get("model"),
-        "model_hash": results.get("model_hash"),
-        "date": results.get("date"),
+        **{key: results.get(key) for key in ("model", "model_hash", "date")},
+        **{key: results.get(key) for key in ("precision", "batch_size", "padding")},
+        "versions": results.get("environment", results.get("versions")),
         "commit": results.get("git_hash"),
         "device": (results.get("config") or {}).get("device"),
         "command": _command(results, folder),
@@ -55,7 +59,6 @@ def _command(results: Mapping[str, Any], folder: Path) -> str:
         "--dtype": results.get("precision"),
         "--limit": results.get("limit"),
         "--gen_kwargs": f"max_new_tokens={tokens}" if isinstance(tokens, int) else None,
-        "--restore": results.get("restored"),
         "--output_path": folder,
     }
     words += [word for key, value in options.items() if value is not None for word in (key, str(value))]
@@ -70,19 +73,17 @@ def made_box(report: Mapping[str, Any]) -> dict[str, Any]:
     """
     made, base, runs = report["made_with"], report["base"], report["runs"]
     evaluations = {f"{base['name']} (base)": base["made_by"], **{run["name"]: run["made_by"] for run in runs}}
-    by_model: dict[str, dict[str, Any]] = {
-        "Config": made["config"],
-        "Training data": made["data"],
-        "Trained by commit": made["commit"],
+    by_model = {
+        label: {name: said(its) for name, its in made[key].items()} for label, key in TRAINED.items()
+    } | {
+        label: {name: said(row[key]) for name, row in evaluations.items()} for label, key in EVALUATED.items()
     }
-    for label, key in EVALUATED.items():
-        by_model[label] = {name: row[key] for name, row in evaluations.items()}
     differ = {label: its for label, its in by_model.items() if len(set(its.values())) > 1}
     common = [
         ("Suite", f"{made['suite']}: source {', '.join(made['source'])}; target {', '.join(made['target'])}"),
         ("Questions", f"the first {made['limit']} of each set" if made["limit"] else "all of each set"),
-        *((key.replace("_", " ").capitalize(), said(made[key])) for key in SAME),
-        *((label, said(next(iter(its.values())))) for label, its in by_model.items() if label not in differ),
+        ("Decoding", said(made["decoding"])),
+        *((label, next(iter(its.values()))) for label, its in by_model.items() if label not in differ),
     ]
     tasks = [
         {
@@ -99,8 +100,7 @@ def made_box(report: Mapping[str, Any]) -> dict[str, Any]:
         for task in (*made["source"], *made["target"])
     ]
     models = [
-        {"model": name} | {label: said(its[name]) if name in its else "" for label, its in differ.items()}
-        for name in evaluations
+        {"model": name} | {label: its.get(name, "") for label, its in differ.items()} for name in evaluations
     ]
     commands = [*(its["command"] for its in evaluations.values()), made["command"]]
     lines = [f"{label}: {value}" for label, value in common]

@@ -181,3 +181,27 @@ def test_without_javascript_the_rest_is_whole(folder: Path, tab: browser.Page) -
         tab.call("Emulation.setScriptExecutionDisabled", value=False)
     assert "1,200 questions can be browsed where JavaScript is on" in text
     assert "Every run" in text and "Show all" not in text
+
+
+def test_for_narrow_windows_keyboards_and_readers_and_to_copy(folder: Path, tab: browser.Page) -> None:
+    tab.open(folder / "out" / "report.html", 400, 900, dark=True)
+    tab.value("document.getElementById('made').open = true")
+    assert tab.value("document.documentElement.scrollWidth") <= 400
+    unnamed = (
+        "[...document.querySelectorAll('select, input, button, [role=region], nav')].filter((its) =>"
+        " !its.labels?.length && !its.textContent.trim() && !its.ariaLabel"
+        " && !its.getAttribute('aria-labelledby')).length"
+    )
+    assert tab.value(unnamed) == 0
+    reached = set()
+    tab.value("document.forms.filters.elements.namedItem('task').focus()")
+    for _ in range(9):
+        reached.add(tab.value("document.activeElement.name || document.activeElement.textContent"))
+        for kind in ("keyDown", "keyUp"):
+            tab.call("Input.dispatchKeyEvent", type=kind, key="Tab", code="Tab", windowsVirtualKeyCode=9)
+    assert {"task", "method", "flip", "category", "order", "text", "Show all", "Next"} <= reached
+    tab.value("document.getElementById('copy').click()")
+    tab.wait(200)
+    text = tab.value("document.querySelector('textarea')?.value ?? ''")
+    copied = tab.value("document.getElementById('copy')?.textContent") == "Copied"
+    assert copied or "Suite: tiny: source tiny_reading" in text

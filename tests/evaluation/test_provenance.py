@@ -21,6 +21,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         configs = json.loads(path.read_text())["configs"]
         configs["tiny_text"] |= {"prompt": "{question}\nBriefly.", "max_new_tokens": 16}
         rewrite(path, git_hash="c0ffee", date=f"day {number}", configs=configs, limit=50)
+        rewrite(path, batch_size=32 + (number == 1), environment={"torch": "2.15", "peft": "0.21"})
     make_report(base, runs, TINY, "test", folder / "out")
     made: dict[str, Any] = json.loads((folder / "out" / "report.json").read_text())
     return made
@@ -31,7 +32,9 @@ def test_what_is_alike_is_said_once_and_what_differs_by_model(report: dict[str, 
     common = dict(box["common"])
     assert common["Evaluated by commit"] == "c0ffee" and common["Trained by commit"] == "c-dirty"
     assert common["Precision"] == "float32" and common["Questions"] == "the first 50 of each set"
-    assert box["columns"] == ["Config", "Model", "Evaluated on"]
+    assert box["columns"] == ["Config", "Batch size", "Model", "Evaluated on"]
+    assert [row["Batch size"] for row in box["models"]].count("33") == 1
+    assert common["Versions"] == "torch 2.15, peft 0.21"
     assert [row["model"] for row in box["models"]] == [
         "base (base)",
         *(run["name"] for run in report["runs"]),

@@ -187,6 +187,17 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("overrides", nargs="*", metavar="key=value")
     sweep.set_defaults(run=_sweep)
 
+    bench = commands.add_parser("bench", help="what this machine does, as ratios to the plain form")
+    benches = bench.add_subparsers(required=True, metavar="WHAT")
+    generating = benches.add_parser("generate", help="answers in batches against one question at a time")
+    generating.add_argument("--model", type=Path, default=Path("data/tiny/model"))
+    generating.add_argument("--suite", default="tiny")
+    generating.add_argument("--limit", type=_positive, default=100, help="questions of each task (100)")
+    generating.add_argument("--batch_size", type=_positive, default=32)
+    generating.add_argument("--data_root", type=Path, help="instead of each protocol's root")
+    generating.add_argument("--output_path", type=Path, help="write the figures to this file, as JSON")
+    generating.set_defaults(run=_bench_generate)
+
     data = commands.add_parser("data", help="prepare a dataset")
     actions = data.add_subparsers(required=True, metavar="ACTION")
     prepare = actions.add_parser("prepare", help="make what cards and protocols read")
@@ -391,6 +402,18 @@ def _sweep(options: argparse.Namespace) -> None:
     print_report(report, _console())
     if "best" in report:
         print(f"best: {report['best']}")
+
+
+def _bench_generate(options: argparse.Namespace) -> None:
+    from mmtune.bench import bench_generate, print_generate
+    from mmtune.core.files import write_json
+    from mmtune.evaluation.protocol import load_suite
+
+    suite = load_suite(options.suite)
+    made = bench_generate(options.model, suite, options.limit, options.batch_size, options.data_root)
+    print_generate(made, _console())
+    if options.output_path:
+        write_json(options.output_path, made)
 
 
 def _command(*arguments: str) -> str:

@@ -40,6 +40,7 @@ training.folder training.plan training.optim training.checkpoint training.meter 
 training.loop training.check
 interop.lmms_eval
 experiments.sweep
+bench
 cli __main__
 """.split()
 

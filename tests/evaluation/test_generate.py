@@ -9,6 +9,7 @@ import torch
 
 from mmtune.core.errors import UserError
 from mmtune.data.image import load_image
+from mmtune.evaluation import generate
 from mmtune.evaluation.generate import generate_answers
 from mmtune.evaluation.metrics.base import Question
 from mmtune.evaluation.protocol import load_protocol
@@ -98,3 +99,20 @@ def test_a_missing_picture_is_named(world: Path, model: VisionLanguageModel, tmp
     with pytest.raises(UserError, match="test_colour_") as caught:
         generate_answers(model, protocol, questions, tmp_path, 4)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_answers_are_cut_at_the_first_stop_string(world: Path, model: VisionLanguageModel) -> None:
+    protocol = load_protocol("tiny_text")
+    questions, _ = protocol.questions("test", world / "datasets" / "tiny")
+    whole = generate_answers(model, protocol, questions, world, 5)
+    stop = [min(whole.values(), key=len)[1], sorted(whole.values())[-1][2:4]]
+    cut = generate_answers(model, replace(protocol, stop=stop), questions, world, 5)
+    for name, text in whole.items():
+        assert cut[name] == min((text.split(string)[0] for string in stop), key=len).strip()
+    assert cut != whole
+
+
+def test_the_stop_strings_are_cut_whatever_comes_first() -> None:
+    assert generate.cut("one. two\nthree", ["\n", ". "]) == "one"
+    assert generate.cut("one", ["\n"]) == generate.cut("one", []) == "one"
+    assert generate.cut("\none", ["\n"]) == ""

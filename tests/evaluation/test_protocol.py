@@ -74,9 +74,18 @@ def test_the_hash_is_of_what_decides_the_score() -> None:
         {"max_new_tokens": 17},
         {"options": {"task": "choose_img", "split": "{split}"}},
         {"annotations": {"test": "other.json"}},
+        {"stop": ["\n"]},
+        {"decode": "likelihood"},
+        {"options_as": "text"},
     )
     hashes = {replace(protocol, **change).hash for change in changes}
     assert len(hashes | {protocol.hash}) == 1 + len(changes)
+
+
+def test_the_hash_of_a_protocol_stays_what_it_was() -> None:
+    """Results of an older mmtune can be compared as long as what they say of their protocol still holds."""
+    hashes = {"tiny_iconqa": "8d73a1f43abe7bc6", "tiny_letters": "67b544b12738aba7"}
+    assert {task: load_protocol(task).hash for task in hashes} == hashes
 
 
 def test_protocols_hash_apart() -> None:

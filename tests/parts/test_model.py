@@ -226,6 +226,35 @@ def test_batch_size_changes_no_answer(model: VisionLanguageModel) -> None:
     assert answers(model, 16, left=False) != alone
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_stop_strings_end_a_row_where_they_are_complete(model: VisionLanguageModel, batch_size: int) -> None:
+    whole = answers(ending(model), 16)
+    decode = model.language.tokenizer.decode
+    said = [str(decode(ids)) for ids in whole]
+    pairs = [text[i : i + 2] for text in said for i in range(len(text) - 1)]
+    pairs = [pair for pair in pairs if pair.isascii()]
+    stop = [pairs[0], pairs[-1]]  # a token is a byte here: they fall over two tokens
+    prompts, per_row = questions()
+    images = tiny.pictures(sum(per_row), seed=5).split(per_row)
+    steps: list[int] = []
+    model.language.hf.register_forward_hook(lambda *_: steps.append(1))
+    found = []
+    for start in range(0, len(prompts), batch_size):
+        batch = pad(prompts[start : start + batch_size], model.language.pad_id, left=True)
+        batch.images = torch.cat(images[start : start + batch_size])
+        found += model.generate(batch, NEW_TOKENS, stop)
+    stopped = 0
+    for ids, cut in zip(whole, found, strict=True):
+        ends = [n for n in range(1, len(ids) + 1) if any(string in str(decode(ids[:n])) for string in stop)]
+        stopped += bool(ends)
+        assert cut[: ends[0] if ends else None] == ids[: ends[0] if ends else None]
+        if ends:  # what follows in a row that goes on with its batch is padding
+            assert set(cut[ends[0] :]) <= {model.language.pad_id}
+    assert 2 <= stopped < len(whole)
+    if batch_size == 1:
+        assert len(steps) < sum(min(len(ids) + 1, NEW_TOKENS) for ids in whole)
+
+
 def test_answers_are_those_of_llava(model: VisionLanguageModel) -> None:
     reference: Any = llava(ending(model))
     prompts, per_row = questions()

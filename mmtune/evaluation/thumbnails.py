@@ -37,7 +37,7 @@ class Thumbnails:
             return []
         (folder, name), fault = next(iter(self.unreadable.items()))
         several = f"{len(self.unreadable):,} of {len(self):,} pictures are not shown on the page"
-        return [f"{several}, such as {name} in {folder}: {fault}"]
+        return [f"{several}, such as {name!r} in {folder}: {fault}"]
 
     def __len__(self) -> int:
         """All pictures that were asked for."""

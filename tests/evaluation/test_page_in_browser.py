@@ -107,6 +107,17 @@ def test_whatever_is_said_stays_text(folder: Path, tab: browser.Page) -> None:
     assert len([url for url in tab.requested() if url.startswith("file:")]) == 1
 
 
+def test_pictures_that_are_not_there_are_a_warning(folder: Path, tab: browser.Page) -> None:
+    (warning,) = json.loads((folder / "out" / "report.json").read_text())["warnings"]
+    assert warning.startswith("2 of 5 pictures are not shown on the page") and warning.isprintable()
+    tab.open(folder / "out" / "report.html", 1300, 900)
+    assert warning[:40] in tab.value("document.querySelector('.warnings').textContent")
+    choose(tab, text="question 1:")
+    assert tab.value("document.querySelectorAll('#found .picture img').length") == 6
+    choose(tab, text="question 4:")
+    assert tab.value("document.querySelectorAll('#found .picture.none').length") == 6
+
+
 def test_the_policy_would_stop_what_slipped_through(folder: Path, tab: browser.Page) -> None:
     tab.open(folder / "out" / "report.html", 1300, 900)
     slipped = (

@@ -30,7 +30,7 @@ evaluation.significance
 evaluation.forgetting
 evaluation.differences
 evaluation.folders
-evaluation.attribution evaluation.answers
+evaluation.attribution evaluation.scales evaluation.answers
 evaluation.terminal evaluation.frontier evaluation.examples evaluation.thumbnails evaluation.browser
 evaluation.provenance evaluation.page evaluation.report
 evaluation.compare

@@ -69,8 +69,10 @@ class Evaluation:
     decoding: dict[str, Any]
     restored: str | None
     """The part that was put back as it is in the base, if there was one."""
+    scale: float | None
+    """How far the model was on its way from the base, where it was not whole."""
     base_hash: str | None
-    """The model it was taken from."""
+    """The base in both cases."""
 
 
 def read_evaluation(folder: Path, tasks: Sequence[str]) -> Evaluation:
@@ -113,6 +115,7 @@ def read_evaluation(folder: Path, tasks: Sequence[str]) -> Evaluation:
         limit=results.get("limit"),
         decoding=results.get("decoding", {}),
         restored=results.get("restored"),
+        scale=results.get("scale"),
         base_hash=results.get("base_hash"),
     )
 
@@ -125,6 +128,7 @@ def _task_score(row: dict[str, Any], where: str) -> dict[str, Any]:
         "missing": field(row, "missing", int, where),
         "rule": field(row, "rule", str, where),
         "unit": row.get("unit", "%"),
+        **{key: row[key] for key in ("lenient", "kl", "kl_stderr") if key in row},
     }
 
 
@@ -170,6 +174,7 @@ def check_comparable(base: Evaluation, others: Mapping[str, Evaluation]) -> None
         differences: list[tuple[str, str, Any, Any]] = [
             ("", "decoding", base.decoding, other.decoding),
             ("", "part put back", base.restored, other.restored),
+            ("", "scale", base.scale, other.scale),
         ]
         for task, mine in base.scores.items():
             its = other.scores[task]

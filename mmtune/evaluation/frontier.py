@@ -152,8 +152,9 @@ def _draw(figure: Figure, report: dict[str, Any], numbered: bool, key: bool) -> 
         colour = COLOURS[look[one["labels"][0]][0]][0]
         xs, ys = zip(*(place[label] for label in one["labels"]), strict=True)
         axes.plot(xs, ys, color=colour, linewidth=1, alpha=0.6, zorder=2)
+    ways = [point for group in groups for point in _way(axes, report, group, look)]
     seeds = [] if numbered else [(row["source"], row["target"]) for row in report["runs"]]
-    _frame(axes, report, [*points, *seeds, *itertools.chain(*bars)])
+    _frame(axes, report, [*points, *seeds, *ways, *itertools.chain(*bars)])
     if key:
         figure.legend(
             *zip(*handles, strict=True), loc="outside right center", frameon=False, fontsize=8.5,
@@ -161,7 +162,22 @@ def _draw(figure: Figure, report: dict[str, Any], numbered: bool, key: bool) -> 
         )  # fmt: skip
     canvas.draw()  # the labels' places depend on the final size of the axes
     figure.set_layout_engine("none")
-    _place_labels(axes, points, texts, bars, seeds)
+    _place_labels(axes, points, texts, bars, [*seeds, *ways])
+
+
+def _way(
+    axes: Axes, report: dict[str, Any], group: Mapping[str, Any], look: Mapping[str, tuple[int, int]]
+) -> list[Point]:
+    """Draws a thin line from the base through a group's scales to its own point; the points between."""
+    between = [(one["source"]["mean"], one["target"]["mean"]) for one in group.get("scales", [])]
+    if between:
+        ends = [(report["base"]["source"], report["base"]["target"])]
+        whole = (group["source"]["mean"], group["target"]["mean"])
+        colour = COLOURS[look[group["label"]][0]][0]
+        xs, ys = zip(*ends, *between, whole, strict=True)
+        axes.plot(xs, ys, color=colour, linewidth=1, linestyle=":", zorder=2)
+        axes.plot(xs[1:-1], ys[1:-1], ".", color=colour, markersize=5, zorder=2)
+    return between
 
 
 def _inline(svg: str, titles: Mapping[str, str], name: str, prefix: str) -> str:
@@ -217,6 +233,10 @@ def frontier_legend(report: dict[str, Any]) -> list[str]:
         lines.append(f"Large: mean over seeds, bars ± SD between seeds.{small}")
     if any(len(group["seeds"]) == 1 for group in groups):
         lines.append("One seed: bars are the 95 % interval of the questions, which says nothing about seeds.")
+    scales = sorted({one["scale"] for group in groups for one in group.get("scales", [])})
+    if scales:
+        at = ", ".join(f"{scale:g}" for scale in scales)
+        lines.append(f"Dotted: the way from the base to a run; its dots are {at} of the way.")
     if report["series"]:
         keys = dict.fromkeys(one["key"] for one in report["series"])
         lines.append(f"Joined by a line: runs that differ in {', or in '.join(keys)}, alone.")

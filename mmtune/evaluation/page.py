@@ -105,6 +105,7 @@ def render_page(
             if pair["b"] == report["between"]["best"]
         ],
         looks=look,
+        scales=sorted({one["scale"] for group in report["groups"] for one in group.get("scales", [])}),
         variants=[
             name
             for name in HEADINGS

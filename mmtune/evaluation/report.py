@@ -41,6 +41,7 @@ from mmtune.evaluation.frontier import draw_frontier
 from mmtune.evaluation.metrics.base import field
 from mmtune.evaluation.page import write_page
 from mmtune.evaluation.provenance import made_by, prompts
+from mmtune.evaluation.scales import read_scales, scale_group, scale_rows
 from mmtune.evaluation.thumbnails import BUDGET, make_thumbnails
 
 if TYPE_CHECKING:
@@ -83,6 +84,9 @@ def make_report(
         restored |= {f"{name} with {part} put back": evaluation for part, evaluation in found.items()}
         rows[name] |= {"attribution": attribution_row(found, suite)} if found else {}
         rows[name] |= {"tuner": _language_tuner(configs[name]), "seed": configs[name]["seed"]}
+        scaled = read_scales(run, evaluations[name], baseline, suite, split)
+        restored |= {f"{name} at scale {scale:g}": evaluation for scale, evaluation in scaled.items()}
+        rows[name] |= {"scales": scale_rows(scaled, suite)} if scaled else {}
         densities = _last_densities(run / "metrics.jsonl")
         rows[name] |= {"density": densities} if densities else {}
         rows[name] |= {"made_by": made_by(evaluations[name].folder)}
@@ -287,6 +291,10 @@ def _group_row(
     group["change"] = changes(base.answers, mean, suite.source, suite.target)
     attribution = attribution_group(rows)
     group |= {"attribution": attribution} if attribution else {}
+    scales = scale_group(rows)
+    group |= {"scales": scales} if scales else {}
+    moved = {task: [row["scores"][task].get("kl") for row in rows] for task in base.scores}
+    group["kl"] = {task: mean_sd(values) for task, values in moved.items() if None not in values}
     group |= {key: over_seeds([row[key] for row in rows]) for key in ("flips", "format", "lost")}
     return group
 

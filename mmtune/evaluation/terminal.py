@@ -51,6 +51,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     console.print(table)
     if any("attribution" in group for group in report["groups"]):
         console.print(_attribution(report))
+    if any("scales" in group for group in report["groups"]):
+        console.print(_scales(report))
     console.print(_chance(report, short))
     if report["between"]["pairs"]:
         console.print(_between(report))
@@ -137,6 +139,24 @@ def _attribution(report: dict[str, Any]) -> Table:
     return table
 
 
+def _scales(report: dict[str, Any]) -> Table:
+    """Source / Target on the way from the base to the whole model."""
+    groups = [group for group in report["groups"] if "scales" in group]
+    table = _table("Part of the way: Source / Target with every change times a scale (0: the base, 1: whole)")
+    table.add_column("", overflow="fold")
+    scales = sorted({one["scale"] for group in groups for one in group["scales"]})
+    for scale in scales:
+        table.add_column(f"{scale:g}", justify="right")
+    for group in groups:
+        at = {one["scale"]: one for one in group["scales"]}
+        cells = [
+            f"{at[s]['source']['mean']:.1f} / {at[s]['target']['mean']:.1f}" if s in at else ""
+            for s in scales
+        ]
+        table.add_row(Text(group["label"], style="bold"), *cells)
+    return table
+
+
 def _answers(report: dict[str, Any], short: Mapping[str, str]) -> Table:
     """What became of the answers to the source tasks, beside their score."""
     source = report["made_with"]["source"]
@@ -156,6 +176,10 @@ def _answers(report: dict[str, Any], short: Mapping[str, str]) -> Table:
         for part in ("knowledge", "format"):
             cells = ["-" if its is None else f"{its[part]['mean']:.1f}" for its in parts]
             table.add_row(f"  lost: {part}, points", *cells)
+        if group["kl"]:
+            moved = [group["kl"].get(task) for task in source]
+            cells = ["-" if its is None else f"{its['mean']:.3f}" for its in moved]
+            table.add_row("  KL to the base, nats per token", *cells)
         table.add_row("  in the target's form, %", *[f"{form['off_format']['mean']:.1f}" for form in forms])
         table.add_row("  new, %", *[f"{form['new']['mean']:.1f}" for form in forms])
         kept = [group["retention"][task] for task in source]

@@ -20,10 +20,10 @@ from tests.made_up_runs import TINY, base_of, level, rewrite, world, write_evalu
 GROUPS = {"lora": (40.0, 67.0), "lorasculpt": (80.0, 62.0)}
 
 
-def write_scale(run: Path, scale: float, source: float, target: float, **changes: Any) -> Path:
+def write_scale(run: Path, scale: float, source: float, target: float) -> Path:
     place = run / TINY.folder("test", scale=scale)
     write_evaluation(place, level(source, target), seed=int(100 * scale), model=run.name)
-    rewrite(place / "results.json", **{"scale": scale, "base_hash": "base model", **changes})
+    rewrite(place / "results.json", scale=scale, base_hash="base model")
     return place
 
 
@@ -76,7 +76,7 @@ def test_a_report_without_scales_has_none_of_it(tmp_path: Path) -> None:
 )
 def test_a_scale_of_something_else_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     base, runs = base_of(tmp_path), world(tmp_path, GROUPS, seeds=(0,))
-    write_scale(runs[0], 0.5, 80, 50, **changes)
+    rewrite(write_scale(runs[0], 0.5, 80, 50) / "results.json", **changes)
     with pytest.raises(UserError, match=said):
         make_report(base, runs, TINY, "test", tmp_path / "out")
 
@@ -84,7 +84,7 @@ def test_a_scale_of_something_else_is_refused(tmp_path: Path, changes: dict[str,
 def test_a_scaled_evaluation_is_no_runs_own(tmp_path: Path) -> None:
     base, runs = base_of(tmp_path), world(tmp_path, GROUPS, seeds=(0,))
     rewrite(runs[0] / TINY.folder("test") / "results.json", scale=0.5)
-    with pytest.raises(UserError, match="the scale differs: 0.5, but None for the base"):
+    with pytest.raises(UserError, match=r"the scale differs: 0\.5, but None for the base"):
         make_report(base, runs, TINY, "test", tmp_path / "out")
 
 

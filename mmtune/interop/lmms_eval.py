@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
@@ -103,18 +103,19 @@ class MmtuneModel(lmms):
         options = [str(continuation).strip() for continuation in judged]
         return Asked(where, [Turn("user", text)], options, _stack(pictures, self.model.transform))
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """For each continuation (-log p, whether greedy decoding would give it); lmms-eval takes the least.
 
         A continuation is a whole answer, its end token included, as `mmtune eval --decode likelihood` counts.
         """
         if any(len(request.args) != 6 for request in requests):
             raise UserError("continuations without a question (acc_mutual_info) are not supported")
-        found: list[tuple[float, bool]] = []
+        found: list[GenerationResult] = []
         for start in tqdm(range(0, len(requests), self.batch_size), desc="mmtune", disable=self.rank != 0):
             asked = [self._asked(request) for request in requests[start : start + self.batch_size]]
             judged = likelihoods(self.model, asked, self.batch_size)
-            found += [(-option.total, option.greedy) for (option,) in judged]
+            # Wrapped, for lmms-eval 0.7.3 makes a string of a bare tuple.
+            found += [GenerationResult((-option.total, option.greedy)) for (option,) in judged]
         return found
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:

@@ -39,6 +39,13 @@ class Request:
     task_name: str
 
 
+@dataclass
+class Result:
+    """lmms-eval's GenerationResult, which carries an answer."""
+
+    text: Any
+
+
 class Driver:
     """lmms-eval's model class, as far as a model builds on it."""
 
@@ -50,9 +57,14 @@ class Driver:
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The plug-in's module, built on the stand-in."""
-    for name, holds, stand_in in (("instance", "Instance", Request), ("model", "lmms", Driver)):
+    stand_ins: dict[str, dict[str, type]] = {
+        "instance": {"Instance": Request, "GenerationResult": Result},
+        "model": {"lmms": Driver},
+    }
+    for name, held in stand_ins.items():
         module = ModuleType(f"lmms_eval.api.{name}")
-        setattr(module, holds, stand_in)
+        for key, value in held.items():
+            setattr(module, key, value)
         monkeypatch.setitem(sys.modules, f"lmms_eval.api.{name}", module)
     for name in ("lmms_eval", "lmms_eval.api"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
@@ -168,7 +180,7 @@ def test_likelihoods_are_those_of_mmtune_eval(
             requests.append(Request((text, f" {option}", *rest), "tiny_iconqa"))
         expected += [-value for value in row["loglikelihood"]]
     found = model.loglikelihood(requests)
-    assert [loss for loss, _ in found] == pytest.approx(expected, abs=2e-4)
+    assert [result.text[0] for result in found] == pytest.approx(expected, abs=2e-4)
 
 
 def test_what_greedy_decoding_says_is_greedy(
@@ -184,7 +196,7 @@ def test_what_greedy_decoding_says_is_greedy(
             Request((request.args[0], lambda _, text=text + end: text, *request.args[2:]), "")
             for request, text in zip(asked, said, strict=True)
         ]
-        assert [greedy for _, greedy in model.loglikelihood(requests)] == [expected] * len(said)
+        assert [result.text[1] for result in model.loglikelihood(requests)] == [expected] * len(said)
 
 
 def test_the_entry_point_and_nothing_else_leads_here() -> None:

@@ -187,7 +187,9 @@ def test_chance_and_what_was_lost_stand_beside_the_scores(made: tuple[dict[str, 
     report = copy.deepcopy(report)
     parts = {"knowledge": {"mean": 12.3, "sd": None}, "format": {"mean": 4.56, "sd": None}}
     report["groups"][0]["lost"] = {SOURCE[0]: parts}
-    assert "12.3 knowledge, 4.6 format" in words(Elements(render_page(report, *NOTHING)))
+    report["groups"][0]["kl"] = {SOURCE[0]: {"mean": 0.1234, "sd": None}}
+    text = words(Elements(render_page(report, *NOTHING)))
+    assert text.count("12.3 knowledge, 4.6 format") == 1 and "KL 0.123" in text
 
 
 def test_a_set_of_captions_is_not_out_of_a_hundred(made: tuple[dict[str, Any], str]) -> None:

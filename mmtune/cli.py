@@ -114,6 +114,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=_positive, help="only the first so many questions of each task")
     evaluate.add_argument("--gen_kwargs", default="", help="max_new_tokens=N, instead of the protocol's")
     evaluate.add_argument(
+        "--question_file",
+        action="append",
+        metavar="TASK=FILE",
+        help="LLaVA's question file, whose prompts replace those of the task's protocol",
+    )
+    evaluate.add_argument(
         "--decode",
         choices=["generate", "likelihood"],
         help="an answer in the model's own words, or the likeliest of the options (default: the protocol's)",
@@ -336,6 +342,7 @@ def _eval(options: argparse.Namespace) -> None:
         base=None if plain else options.base,
         scale=options.scale,
         decode=options.decode,
+        question_files=_question_files(options.question_file),
     )
     if rank() > 0:
         return
@@ -344,6 +351,19 @@ def _eval(options: argparse.Namespace) -> None:
     if not options.predict_only:
         print_results(made, _console())
     print(f"results: {options.output_path}")
+
+
+def _question_files(given: Sequence[str] | None) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for text in given or ():
+        task, _, file = text.partition("=")
+        if not file or task in files:
+            what = "is given twice" if task in files else "names no file"
+            raise UserError(
+                f"'{text}' {what}", where="--question_file", mend="Write TASK=FILE, once for a task."
+            )
+        files[task] = Path(file)
+    return files
 
 
 def _score(options: argparse.Namespace) -> None:

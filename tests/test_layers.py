@@ -23,7 +23,8 @@ evaluation.metrics.vqa evaluation.metrics.textvqa evaluation.metrics.vqav2 evalu
 evaluation.metrics.vizwiz evaluation.metrics.iconqa evaluation.metrics.exact
 evaluation.metrics.classification
 evaluation.metrics.gqa evaluation.metrics.ocrvqa evaluation.metrics.scienceqa evaluation.metrics.pope
-evaluation.metrics evaluation.score evaluation.protocol evaluation.likelihood evaluation.generate
+evaluation.metrics evaluation.score evaluation.question_files evaluation.protocol
+evaluation.likelihood evaluation.generate
 evaluation.unfinished evaluation.restore evaluation.variant evaluation.results evaluation.divergence
 evaluation.evaluate
 evaluation.significance

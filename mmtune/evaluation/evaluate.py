@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ from mmtune.core import processes
 from mmtune.core.config import to_dict
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, write_json, write_text, writing
+from mmtune.core.table import nearest
 from mmtune.core.versions import versions
 from mmtune.evaluation.divergence import SAME, add_kl
 from mmtune.evaluation.metrics.base import Question, some
@@ -50,6 +52,7 @@ def evaluate(
     base: Path | None = None,
     scale: float | None = None,
     decode: str | None = None,
+    question_files: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
     """Writes `results.json` and, for each task, `samples_TASK.jsonl` (or only the answers) to `output`.
 
@@ -58,8 +61,9 @@ def evaluate(
     decoding is greedy. skip_done: where `output` holds these results of this very model already, they are
     returned. restore: a part that is put back as it is in `base`, the model folder that this one was trained
     from (by default where its run says). scale: only this part of the way from `base` to the model, 0 to 1.
-    decode: `generate` or `likelihood`, instead of what the protocols say. Among several processes all do
-    their share, the first one scores and writes, and what the others return has no scores. Raises UserError.
+    decode: `generate` or `likelihood`, instead of what the protocols say. question_files: task -> LLaVA's
+    question file, whose prompts replace the protocol's. Among several processes all do their share, the first
+    one scores and writes, and what the others return has no scores. Raises UserError.
     """
     if base is not None and restore is None and scale is None:
         raise UserError("a base is given, but nothing to do with it", mend="Give --restore, --scale or --kl.")
@@ -67,6 +71,15 @@ def evaluate(
         raise UserError("--restore and --scale exclude each other", mend="Give one of the two.")
     protocols = [load_protocol(task) for task in tasks]
     names = [protocol.task for protocol in protocols]
+    for task in question_files or {}:
+        if task not in names:
+            raise UserError(
+                f"task '{task}' is not among the tasks", where="--question_file", mend=nearest(task, names)
+            )
+    if question_files:
+        protocols = [
+            p.asked_by(question_files[p.task], split) if p.task in question_files else p for p in protocols
+        ]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"tasks are given twice: {some(twice)}", mend="Name each task once.")
@@ -77,10 +90,13 @@ def evaluate(
     began = time.perf_counter()
     if decode is not None:
         protocols = [replace(protocol, decode=decode) for protocol in protocols]  # type: ignore[arg-type]
-    asked, files = [], {}
+    asked = []
     for protocol in protocols:
-        every, files[protocol.task] = protocol.questions(split, root)
+        every, _ = protocol.questions(split, root)
         asked.append((protocol, every[:limit], len(every)))
+        warning = protocol.other_count(split or protocol.report_split, len(every))
+        if warning and processes.rank() == 0:
+            print(f"mmtune: warning: {warning}", file=sys.stderr)
     _check_choices(asked)
     if restore is not None:
         base = find_base(model_folder, base)
@@ -91,7 +107,12 @@ def evaluate(
         "results": {},
         **run_header(model_folder, protocols, batch_size, limit, max_new_tokens, dtype, seed, restore, scale),
         "configs": {p.task: {**to_dict(p), "hash": p.hash} for p in protocols},
-        "data": {task: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for task, file in files.items()},
+        "data": {p.task: _content_hash(p.files(split or p.report_split, root)) for p in protocols},
+        "question_files": {
+            p.task: _content_hash([p.question_file(split or p.report_split, root)])
+            for p in protocols
+            if p.question_files
+        },
         "images": {p.task: str(((root or p.root) / p.images).resolve()) for p in protocols},
         "model": str(model_folder),
         "model_hash": model_hash(model_folder),
@@ -248,6 +269,11 @@ def _scored(
         {**row, **{key: said[row["question_id"]][key] for key in numbers if key in said[row["question_id"]]}}
         for row in rows
     ]
+
+
+def _content_hash(files: Sequence[Path]) -> str:
+    """The first 16 hex digits of the SHA-256 of the files, one after the other."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def _finished(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:

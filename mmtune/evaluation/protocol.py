@@ -20,6 +20,7 @@ from mmtune.core.table import nearest
 from mmtune.data.chat import IMAGE, Turn
 from mmtune.evaluation.metrics import FORMATS
 from mmtune.evaluation.metrics.base import Question
+from mmtune.evaluation.question_files import asked_from
 from mmtune.evaluation.score import find_rule, read_questions
 
 _NAME = re.compile(r"[A-Za-z0-9][\w-]*")
@@ -41,17 +42,18 @@ class Protocol:
     left out. decode: `generate` asks for an answer in the model's own words, `likelihood` takes the choice
     that the model finds likeliest as the answer. options_as: what then stands for a choice, its letter or its
     text; by default its letter where the prompt shows lettered {options}. expect: how many questions the
-    official file of a split has.
+    official file of a split has. question_files: in place of a prompt, the file of each split that holds the
+    whole prompt of every question, as LLaVA's do, relative to the root.
     """
 
     task: str
     about: str
     format: str
     rule: str
-    prompt: str
     max_new_tokens: int
     root: Path
     annotations: dict[str, str]
+    prompt: str = ""
     report_split: str = "test"
     images: str = "."
     options: dict[str, Any] = field(default_factory=dict)
@@ -59,6 +61,7 @@ class Protocol:
     decode: Literal["generate", "likelihood"] = "generate"
     options_as: Literal["letter", "text"] | None = None
     expect: dict[str, int] = field(default_factory=dict)
+    question_files: dict[str, str] = field(default_factory=dict)
 
     def check(self, fault: Report) -> None:
         if not _NAME.fullmatch(self.task):
@@ -98,8 +101,16 @@ class Protocol:
                 f"its {{options}} ask for a letter, but the rule '{self.rule}' makes nothing of the letter A"
             )
             fault("prompt", what, "Ask for the answer in words.")
-        for split in self.expect.keys() - self.annotations.keys():
-            fault(f"expect.{split}", "there are no annotations of this split", "Leave it out.")
+        if bool(self.prompt) == bool(self.question_files):
+            both = "both are given" if self.prompt else "neither is given"
+            fault(
+                "prompt", f"the prompt comes from 'prompt' or from 'question_files', and {both}", "Give one."
+            )
+        elif self.question_files and self.report_split not in self.question_files:
+            fault("question_files", f"there is none of the reporting split '{self.report_split}'", "Name it.")
+        for key in ("expect", "question_files"):
+            for split in getattr(self, key).keys() - self.annotations.keys():
+                fault(f"{key}.{split}", "there are no annotations of this split", "Leave it out.")
 
     def for_split(self, split: str) -> Protocol:
         """The same protocol with {split} filled in. Raises UserError for a split it does not have."""
@@ -126,9 +137,32 @@ class Protocol:
                 mend=mend or "Where does the data lie? Say --data_root DIR.",
             )
         questions = read_questions(self.for_split(split), file)
+        if self.question_files:
+            questions = asked_from(self.question_file(split, root), questions)
         for question in questions:  # what cannot be asked is said before a model is loaded
             self.turns(question)
         return questions, file
+
+    def question_file(self, split: str, root: Path | None = None) -> Path:
+        """The file that holds the prompts of a split. Raises UserError where none is named."""
+        if split not in self.question_files:
+            known = ", ".join(sorted(self.question_files))
+            raise UserError(
+                f"task '{self.task}' has no question file of split '{split}'", mend=f"Known: {known}."
+            )
+        return (root or self.root) / self.question_files[split]
+
+    def asked_by(self, file: Path, split: str | None = None) -> Protocol:
+        """The same benchmark, its prompts from a question file instead: another protocol, another hash."""
+        return replace(self, prompt="", question_files={split or self.report_split: str(file.resolve())})
+
+    def files(self, split: str, root: Path | None = None) -> list[Path]:
+        """What the questions of a split and their prompts are made of; the annotation file comes first."""
+        filled = self.for_split(split)
+        annotations = (root or self.root) / self.annotations[split]
+        scorer = FORMATS.load(self.format)
+        beside = scorer.files(annotations, **filled.options) if hasattr(scorer, "files") else []
+        return [annotations, *beside, *([self.question_file(split, root)] if self.question_files else [])]
 
     def other_count(self, split: str, n: int) -> str | None:
         """A warning where `n` is not the number of questions that the split's official file has."""
@@ -146,6 +180,8 @@ class Protocol:
         """
         where = f"task {self.task}, question {question.id}"
         texts = (self.prompt, question.text, question.context, *question.choices, *(question.ocr or ()))
+        if question.asked is not None:
+            texts = (question.asked,)
         if any(IMAGE in text for text in texts):
             raise UserError(
                 f"its text holds {IMAGE}, which stands for a picture",
@@ -164,7 +200,7 @@ class Protocol:
             )
         shown = [IMAGE] * len(question.choice_images) or question.choices
         options = "\n".join(f"{mark}. {text}" for mark, text in zip(ascii_uppercase, shown, strict=False))
-        text = self.prompt.format(
+        text = question.asked or self.prompt.format(
             question=question.text,
             question_capitalised=question.text.capitalize(),
             choices=", ".join(shown),
@@ -200,8 +236,15 @@ class Protocol:
         """The first 16 hex digits of the SHA-256 of all that decides the score; where files lie does not."""
         indifferent = ("root", "about", "report_split", "expect")
         described = {name: value for name, value in to_dict(self).items() if name not in indifferent}
-        for name in ("stop", "decode", "options_as"):  # came later: left out, hashes stay what they were
-            if described.get(name) in ([], "generate"):
+        # Which question file it is counts, not where it lies; what is in it is in the hash of the data.
+        described["question_files"] = {split: Path(file).name for split, file in self.question_files.items()}
+        for name in (
+            "stop",
+            "decode",
+            "options_as",
+            "question_files",
+        ):  # came later: hashes stay as they were
+            if described.get(name) in ([], {}, "generate"):
                 del described[name]
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 

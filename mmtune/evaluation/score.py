@@ -167,27 +167,40 @@ def _by_category(questions: Sequence[Question], scores: Sequence[float]) -> dict
     }
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
+    """A line of a file of predictions or of prompts, and where it stands."""
+
     where: str
     id: str
     text: str | None
     prompt: str | None
+    image: str | None = None
 
 
 def read_predictions(path: Path, questions: Sequence[Question]) -> dict[str, str]:
     """Question id -> predicted text, from JSONL or a JSON list of answers, or a JSON map of id to text.
 
     An answer has a `question_id` (GQA: `questionId`; captions: `image_id`), a text under `text` (LLaVA and
-    mmtune), `answer` (VQA, EvalAI), `prediction` (GQA) or `caption`, and maybe its `prompt`. Where no id is a
+    mmtune), `answer` (VQA, EvalAI), `prediction` (GQA) or `caption`, and maybe its `prompt`. lmms-eval's
+    samples have the id in their `doc` or `submission`, the text in `filtered_resps`. Where no id is a
     question's, as in LLaVA's answers to TextVQA, which carry the image's id, answers are matched by image and
     question: the first line of the prompt, but for case.
     A text of null is no prediction (`mmtune score --per_sample` writes it for a missing one).
     Raises UserError, naming lines and ids, for answers that belong to no question and for second ones.
     """
-    rows = _read_rows(Path(path))
+    found = matched_rows(path, _read_rows(Path(path)), questions, "answer")
+    return {identity: row.text for identity, row in found.items() if row.text is not None}
+
+
+def matched_rows(path: Path, rows: Sequence[Row], questions: Sequence[Question], what: str) -> dict[str, Row]:
+    """Question id -> its row, by id, or else by image and the first line of the prompt.
+
+    Raises UserError, naming lines and ids, for a row (`what`: an answer, a prompt) that belongs to no
+    question or to several, and for a second one.
+    """
     known = {question.id for question in questions}
     if any(row.id in known for row in rows):
-        return _matched(path, [(row, row.id if row.id in known else None) for row in rows])
+        return _matched(path, [(row, row.id if row.id in known else None) for row in rows], what)
     without_prompt = [row for row in rows if row.prompt is None]
     if without_prompt:
         raise UserError(
@@ -200,49 +213,51 @@ def read_predictions(path: Path, questions: Sequence[Question]) -> dict[str, str
     by_prompt: dict[tuple[str, str], list[str]] = {}
     for question in questions:
         by_prompt.setdefault((question.cluster, _first_line(question.text)), []).append(question.id)
-    matches: list[tuple[_Row, str | None]] = []
+    matches: list[tuple[Row, str | None]] = []
     for row in rows:
-        found = by_prompt.get((row.id, _first_line(row.prompt or "")), [])
+        pictures = (row.id, *((row.image, Path(row.image).stem) if row.image else ()))
+        keys = [(picture, _first_line(row.prompt or "")) for picture in pictures]
+        found = next((by_prompt[key] for key in keys if key in by_prompt), [])
         if len(found) > 1:
             raise UserError(
-                f"answers several questions: {some(found)} ask the same of image {row.id}",
+                f"its {what} fits several questions: {some(found)} ask the same of image {row.id}",
                 where=row.where,
                 mend="Write the question's own id into question_id.",
             )
         matches.append((row, found[0] if found else None))
-    return _matched(path, matches)
+    return _matched(path, matches, what)
 
 
 def _first_line(text: str) -> str:
     return text.strip().split("\n", 1)[0].rstrip().lower()
 
 
-def _matched(path: Path, matches: Sequence[tuple[_Row, str | None]]) -> dict[str, str]:
+def _matched(path: Path, matches: Sequence[tuple[Row, str | None]], what: str) -> dict[str, Row]:
     unknown = [row for row, identity in matches if identity is None]
     if unknown:
         raise UserError(
-            f"answers to questions that are not in the annotation file: {some(row.id for row in unknown)}",
+            f"{what}s to questions that are not in the annotation file: {some(row.id for row in unknown)}",
             where=unknown[0].where,
-            mend="Score against the file that the predictions were made for.",
+            mend="Take the annotation file that they were made for.",
         )
     count = Counter(identity for _, identity in matches)
     again = [row for row, identity in matches if count[identity] > 1]
     if again:
         repeated = [identity for identity in count if count[identity] > 1]
         raise UserError(
-            f"more than one answer to a question: {some(repeated)}",
+            f"more than one {what} to a question: {some(repeated)}",
             where=f"{path} ({', '.join(row.where.removeprefix(f'{path}, ') for row in again[:4])})",
-            mend="Leave one answer to each question in the file.",
+            mend=f"Leave one {what} to each question in the file.",
         )
-    return {identity: row.text for row, identity in matches if identity is not None and row.text is not None}
+    return {identity: row for row, identity in matches if identity is not None}
 
 
-def _read_rows(path: Path) -> list[_Row]:
+def _read_rows(path: Path) -> list[Row]:
     text = read_text(path)
     pairs = _pairs(text)
-    if pairs and not {"question_id", "questionId", "image_id", "image"} & {key for key, _ in pairs}:
+    if pairs and not {"question_id", "questionId", "image_id", "image", "doc_id"} & {key for key, _ in pairs}:
         named = [(f"{path}, '{key}'", key, value) for key, value in pairs]
-        rows = [_Row(where, key, _text(value, where), None) for where, key, value in named]
+        rows = [Row(where, key, _text(value, where), None) for where, key, value in named]
     elif text.lstrip().startswith("["):
         rows = [_row(row, f"{path}, [{number}]") for number, row in enumerate(read_json(path))]
     else:
@@ -266,19 +281,20 @@ def _pairs(text: str) -> list[tuple[str, Any]]:
         return []
 
 
-def _row(row: Any, where: str) -> _Row:
+def _row(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
         raise UserError(
             f"expected an object, found {type(row).__name__}",
             where=where,
             mend="An answer is {'question_id': ..., 'text': ...}.",
         )
-    keys = [key for key in ("question_id", "questionId", "image_id", "image") if key in row]
-    identity = row[keys[0]] if keys else None
+    identity = _identity(row)
     if not isinstance(identity, str | int) or isinstance(identity, bool):
         raise UserError("it has no 'question_id'", where=where, mend=f"Found: {', '.join(row) or 'nothing'}.")
     where = f"{where}, question_id {identity}"
     names = [name for name in ("text", "answer", "prediction", "caption") if name in row]
+    if not names and "filtered_resps" in row:
+        names = ["filtered_resps"]
     # Not the first of several: an answer file that also holds the right answers would score itself.
     if len(names) != 1:
         found = " and ".join(names) or "none"
@@ -288,7 +304,21 @@ def _row(row: Any, where: str) -> _Row:
             mend="LLaVA's answer files name the predicted text 'text'.",
         )
     prompt = row["prompt"] if isinstance(row.get("prompt"), str) else None
-    return _Row(where, str(identity), _text(row[names[0]], where), prompt)
+    image = row["image"] if isinstance(row.get("image"), str) else None
+    said = row[names[0]]
+    while names == ["filtered_resps"] and isinstance(said, list) and len(said) == 1:
+        said = said[0]
+    return Row(where, str(identity), _text(said, where), prompt, image)
+
+
+def _identity(row: dict[str, Any]) -> Any:
+    """What names the question: the row's own id, or that of lmms-eval's `doc` or `submission` in it."""
+    inner = [row[name] for name in ("doc", "submission") if isinstance(row.get(name), dict)]
+    for holder in (row, *inner):
+        for key in ("question_id", "questionId", "image_id", "image"):
+            if key in holder:
+                return holder[key]
+    return None
 
 
 def _text(value: Any, where: str) -> str | None:

@@ -82,6 +82,30 @@ def test_samples_hold_prompt_target_and_score(place: Path) -> None:
         assert row["cluster"] == question["imageId"]
 
 
+def test_a_question_file_replaces_the_prompt(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions, _ = load_protocol("tiny_colour").questions("test", Path("datasets/tiny"))
+    rows = [{"question_id": q.id, "image": q.image, "text": f"{q.text}\nIn one word."} for q in questions]
+    file = place / "llava.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = evaluate(Path("base"), ["tiny_colour"], place / "own", limit=3)
+    command = ["eval", "--model", "base", "--tasks", "tiny_colour", "--limit", "3", "--output_path"]
+    assert main([*command, str(place / "out"), "--question_file", f"tiny_colour={file}"]) == 0
+    asked = [row["prompt"] for row in samples(place / "out", "tiny_colour")]
+    assert asked == [f"<image>\n{row['text']}" for row in rows[:3]]
+    made = json.loads((place / "out" / "results.json").read_text())
+    assert made["configs"]["tiny_colour"]["hash"] != own["configs"]["tiny_colour"]["hash"]
+    assert made["data"]["tiny_colour"] != own["data"]["tiny_colour"]
+    assert len(made["question_files"]["tiny_colour"]) == 16 and own["question_files"] == {}
+    for given, said in (
+        (["tiny_color=x"], "'tiny_color' is not among the tasks"),
+        (["tiny_colour"], "'tiny_colour' names no file"),
+        ([f"tiny_colour={file}"] * 2, "is given twice"),
+    ):
+        flags = [part for each in given for part in ("--question_file", each)]
+        assert main([*command, str(place / "no"), *flags]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_limit_asks_the_first_and_says_so(place: Path) -> None:
     evaluate(Path("base"), ["tiny_colour", "tiny_text"], place / "all")
     made = evaluate(Path("base"), ["tiny_colour", "tiny_text"], place / "some", limit=5)

@@ -156,6 +156,13 @@ annotations: {test: questions.jsonl}
             'format: textvqa\nrule: m4c\nprompt: "{options} ',
             "its {options} ask for a letter, but the rule 'm4c' makes nothing of the letter A",
         ),
+        ("root: .", "root: .\nquestion_files: {test: q.jsonl}", "'question_files', and both are given"),
+        ('prompt: "{question}"\n', "", "'question_files', and neither is given"),
+        (
+            'prompt: "{question}"',
+            "question_files: {val: q.jsonl}",
+            "question_files: there is none of the reporting split 'test'",
+        ),
         ("root: .", "root: .\nexpect: {tset: 4}", "expect.tset: there are no annotations of this split"),
         (
             "{test: questions.jsonl}",

@@ -179,7 +179,7 @@ def test_one_line_of_jsonl_is_an_answer(tmp_path: Path) -> None:
 def test_an_ambiguous_join_is_refused(tmp_path: Path) -> None:
     twins = [Question(identity, "Sum?", ("1",), "x.png", "x") for identity in ("1", "2")]
     path = written(tmp_path, [{"question_id": "x", "prompt": "sum?\nBriefly.", "text": "1"}])
-    with pytest.raises(UserError, match=r"line 1, question_id x: answers several questions: 1, 2"):
+    with pytest.raises(UserError, match=r"line 1, question_id x: its answer fits several questions: 1, 2"):
         read_predictions(path, twins)
     assert read_predictions(path, twins[:1]) == {"1": "1"}
 

@@ -36,7 +36,8 @@ __all__ = [
 
 # Each entry is a module: read(path, **options) -> questions, RULES (name -> rule), METRIC; and, where it has
 # them, UNIT (of a point, by default "%"), also(questions, predictions, rule, scores) -> further figures, and
-# warn(questions, predictions) -> what has to be said beside the score.
+# warn(questions, predictions) -> what has to be said beside the score; files(path, **options) -> what else is
+# read.
 FORMATS = Table(
     "annotation format",
     {

@@ -20,7 +20,9 @@ from typing import Any
 from mmtune.core.errors import UserError
 from mmtune.evaluation.metrics import vqa
 from mmtune.evaluation.metrics.base import Question, Rule
-from mmtune.evaluation.metrics.vqav2 import read_layout
+from mmtune.evaluation.metrics.vqav2 import files, read_layout
+
+__all__ = ["METRIC", "RULES", "also", "files", "lemmatiser", "read"]
 
 METRIC = "soft_accuracy"
 ANSWERS = ("answer", "raw_answer")

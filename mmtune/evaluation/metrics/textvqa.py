@@ -60,6 +60,11 @@ def read(path: Path, image: str = "{image_id}.jpg", ocr: str | None = None) -> l
     return checked(questions, path)
 
 
+def files(path: Path, ocr: str | None = None, **_: object) -> list[Path]:
+    """What is read beside the annotations, where it is there."""
+    return [path.parent / ocr] if ocr and (path.parent / ocr).is_file() else []
+
+
 def _read_ocr(path: Path) -> dict[str, tuple[str, ...]]:
     expected = "A Rosetta file is expected, such as TextVQA_Rosetta_OCR_v0.2_val.json."
     tokens = {}

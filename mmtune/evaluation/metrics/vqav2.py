@@ -28,6 +28,12 @@ def read(
     return read_layout(path, image, questions, "answer", ("answer_type", "question_type"))
 
 
+def files(path: Path, questions: str | None = None, **_: object) -> list[Path]:
+    """What is read beside the annotations, where it is there."""
+    file = _questions_file(Path(path), questions)
+    return [file] if file.is_file() and file != path else []
+
+
 def read_layout(
     path: Path, image: str, questions: str | None, answers: str, categories: tuple[str, ...]
 ) -> list[Question]:

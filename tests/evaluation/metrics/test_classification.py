@@ -22,7 +22,7 @@ COUNTS = {
     "r": {"a": 1, "r": 4, "?": 1},
 }
 PAIRS = [(truth, said) for truth, row in COUNTS.items() for said, n in row.items() for _ in range(n)]
-TASK = Protocol("mine", "", "classification", "label", "{question}", 8, Path(), {"test": "questions.jsonl"})
+TASK = Protocol("mine", "", "classification", "label", 8, Path(), {"test": "questions.jsonl"}, "{question}")
 
 
 def questions(tmp_path: Path, answers: list[Any], **options: Any) -> list[Question]:

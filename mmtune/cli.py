@@ -203,6 +203,10 @@ def _parser() -> argparse.ArgumentParser:
     generating.add_argument("--data_root", type=Path, help="instead of each protocol's root")
     generating.add_argument("--output_path", type=Path, help="write the figures to this file, as JSON")
     generating.set_defaults(run=_bench_generate)
+    scoring = benches.add_parser("score", help="predictions scored per second, rule by rule")
+    scoring.add_argument("--limit", type=_positive, default=200_000, help="predictions of each rule")
+    scoring.add_argument("--output_path", type=Path, metavar="FILE", help="write the same as JSON")
+    scoring.set_defaults(run=_bench_score)
 
     data = commands.add_parser("data", help="prepare a dataset")
     actions = data.add_subparsers(required=True, metavar="ACTION")
@@ -425,7 +429,7 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _bench_generate(options: argparse.Namespace) -> None:
-    from mmtune.bench import bench_generate, print_generate
+    from mmtune.bench.generate import bench_generate, print_generate
     from mmtune.core.files import write_json
     from mmtune.evaluation.protocol import load_suite
 
@@ -434,6 +438,17 @@ def _bench_generate(options: argparse.Namespace) -> None:
     print_generate(made, _console())
     if options.output_path:
         write_json(options.output_path, made)
+
+
+def _bench_score(options: argparse.Namespace) -> None:
+    from mmtune.bench.score import bench_score, print_score
+    from mmtune.core.files import write_json
+    from mmtune.core.versions import versions
+
+    rows = bench_score(options.limit)
+    print_score(rows, _console())
+    if options.output_path:
+        write_json(options.output_path, {"rules": rows, "environment": versions()})
 
 
 def _command(*arguments: str) -> str:

@@ -41,7 +41,7 @@ training.folder training.plan training.optim training.checkpoint training.meter 
 training.loop training.check
 interop.lmms_eval
 experiments.sweep
-bench
+bench.generate bench.score
 cli __main__
 """.split()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mmtune import bench
+from mmtune.bench import generate as bench
 from mmtune.cli import main
 from mmtune.evaluation.generate import generate_answers
 from mmtune.evaluation.protocol import load_protocol

@@ -329,6 +329,7 @@ def _eval(options: argparse.Namespace) -> None:
             )
     plain = options.kl and not options.restore and options.scale is None
     tasks = load_suite(options.suite).given if options.suite else options.tasks.split(",")
+    question_files = _question_files(options.question_file)
     made = evaluate(
         options.model,
         tasks,
@@ -346,12 +347,20 @@ def _eval(options: argparse.Namespace) -> None:
         base=None if plain else options.base,
         scale=options.scale,
         decode=options.decode,
-        question_files=_question_files(options.question_file),
+        question_files=question_files,
     )
     if rank() > 0:
         return
     if options.kl:
-        made = add_kl(made, tasks, options.output_path, options.base, options.base_results, options.data_root)
+        made = add_kl(
+            made,
+            tasks,
+            options.output_path,
+            options.base,
+            options.base_results,
+            options.data_root,
+            question_files,
+        )
     if not options.predict_only:
         print_results(made, _console())
     print(f"results: {options.output_path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -219,6 +220,30 @@ def writing(path: Path, done: str = "written") -> Iterator[None]:
             mend="What was written before is whole. Once this can be written, the same command goes on "
             "(mmtune train: with --resume).",
         ) from error
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """A context in which this process alone works in `folder`, which is made where there is none; nothing of
+    it is left behind, also after a kill. Raises UserError where another process works there.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                "another process is writing to this folder",
+                where=folder,
+                mend="Wait for it, end it, or give another folder.",
+            ) from None
+        except OSError:  # some network file systems have no locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

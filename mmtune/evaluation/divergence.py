@@ -39,12 +39,13 @@ def add_kl(
     base: Path | None = None,
     base_results: Path | None = None,
     root: Path | None = None,
+    question_files: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
     """Adds `kl` and `kl_stderr` to each task of finished results, and `kl` to each row of their samples.
 
     made: what `evaluate` returned for `tasks` and wrote to `output`. base: by default where the run says.
     base_results: a folder with the base's own evaluation, whose answers are taken; without it they are
-    generated.
+    generated. question_files: as `evaluate` had them.
     What is there already is kept. Raises UserError.
     """
     folder = Path(made["model"])
@@ -62,7 +63,10 @@ def add_kl(
     batch_size, most = made["batch_size"], made["decoding"]["max_new_tokens"]
     for protocol in map(load_protocol, tasks):
         task, row = protocol.task, made["results"][protocol.task]
+        if question_files and task in question_files:
+            protocol = protocol.asked_by(question_files[task], made["splits"][task])
         protocol = replace(protocol, decode=made["configs"][task]["decode"])
+        assert protocol.hash == made["configs"][task]["hash"]  # both models are asked what was scored
         images = (root or protocol.root) / protocol.images
         questions = protocol.questions(made["splits"][task], root)[0][: made["limit"]]
         if task not in said:

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +23,7 @@ from rich.table import Table
 from mmtune.core import processes
 from mmtune.core.config import to_dict
 from mmtune.core.errors import UserError
-from mmtune.core.files import read_json, write_json, write_text, writing
+from mmtune.core.files import alone_in, read_json, write_json, write_text, writing
 from mmtune.core.table import nearest
 from mmtune.core.versions import versions
 from mmtune.evaluation.divergence import SAME, add_kl
@@ -142,7 +143,7 @@ def evaluate(
     from mmtune.evaluation.variant import load_variant
 
     first = processes.rank() == 0
-    with processes.joined():
+    with processes.joined(), alone_in(output) if first else nullcontext():
         kept = {p.task: Unfinished(output, p.task, _decides(made, p)) for p in protocols}
         processes.wait()  # all have seen what lies here; only now may it change
         made["config"]["device"] = best_device().type
@@ -166,7 +167,9 @@ def evaluate(
                         answers.add(rows)
             processes.wait()
             if first:
-                rows = _scored(made, protocol, questions, answers.read(), count, predict_only)
+                said = answers.read()
+                _check_all_said(questions, said, protocol, output)
+                rows = _scored(made, protocol, questions, said, count, predict_only)
                 lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 write_text(output / f"samples_{protocol.task}.jsonl", lines)
         made["total_evaluation_time_seconds"] = f"{time.perf_counter() - began:.1f}"
@@ -228,6 +231,18 @@ def _check_choices(asked: Sequence[tuple[Protocol, Sequence[Question], int]]) ->
                 faults += error.faults
     if faults:
         raise UserError.of(faults)
+
+
+def _check_all_said(
+    questions: Sequence[Question], said: Mapping[str, Any], protocol: Protocol, output: Path
+) -> None:
+    without = [question.id for question in questions if question.id not in said]
+    if without:
+        raise UserError(
+            f"task {protocol.task}: {len(without)} answers were made and are not here: {some(without)}",
+            where=output,
+            mend="All processes have to write to one folder, and nobody may remove files from it.",
+        )
 
 
 def _decides(made: dict[str, Any], protocol: Protocol) -> dict[str, Any]:

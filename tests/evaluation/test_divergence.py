@@ -125,6 +125,22 @@ def test_answers_of_another_model_are_refused(place: Path, tuned: Path) -> None:
     assert all("kl" not in row for row in rows(place / "tuned", "tiny_text").values())
 
 
+def test_it_is_of_the_prompts_of_a_question_file(place: Path, tuned: Path) -> None:
+    questions, _ = load_protocol("tiny_text").questions()
+    lines = {}
+    for name, more in (("same", "\nAnswer briefly."), ("other", "\nSay it at length, in a whole sentence.")):
+        asked = [{"question_id": q.id, "text": q.text + more} for q in questions]
+        lines[name] = place / f"{name}.jsonl"
+        lines[name].write_text("".join(json.dumps(row) + "\n" for row in asked))
+    found = {}
+    for name, file in (("none", None), *lines.items()):
+        files = {"tiny_text": file} if file else None
+        made = evaluate(tuned, ["tiny_text"], place / name, question_files=files)
+        add_kl(made, ["tiny_text"], place / name, question_files=files)
+        found[name] = [row["kl"] for row in rows(place / name, "tiny_text").values()]
+    assert found["same"] == found["none"] and found["other"] != found["none"]
+
+
 def test_it_is_zero_at_the_base_and_grows_on_the_way(place: Path, tuned: Path) -> None:
     values = []
     for scale in (0.0, 0.5, 1.0):

@@ -131,6 +131,32 @@ def test_a_disk_that_is_full_is_told(tmp_path: Path) -> None:
         answers.add([{"question_id": "1", "text": "a"}])
 
 
+@pytest.mark.parametrize("other", [{}, {"limit": 5}])
+def test_a_second_evaluation_in_the_same_folder_is_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]
+) -> None:
+    generate, refused = Model.generate, list[UserError]()
+
+    def second(self: VisionLanguageModel, *args: Any) -> list[list[int]]:
+        if not refused:
+            with pytest.raises(UserError, match="another process is writing") as caught:
+                evaluate(Path("base"), ["tiny_text"], place / "out", batch_size=4, **other)
+            refused.append(caught.value)
+        return generate(self, *args)
+
+    evaluate(Path("base"), ["tiny_text"], place / "alone", batch_size=4)
+    monkeypatch.setattr(Model, "generate", second)
+    evaluate(Path("base"), ["tiny_text"], place / "out", batch_size=4)
+    assert refused and files(place / "out") == files(place / "alone")
+
+
+def test_answers_that_are_gone_are_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Unfinished, "add", lambda self, rows: None)
+    with pytest.raises(UserError, match="task tiny_text: 12 answers were made and are not here"):
+        evaluate(Path("base"), ["tiny_text"], place / "out")
+    assert not (place / "out" / "results.json").exists()
+
+
 def two_processes(*arguments: object) -> subprocess.CompletedProcess[str]:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return subprocess.run(

@@ -220,8 +220,8 @@ def print_comparison(report: dict[str, Any], console: Console) -> None:
     for name, row in report["tasks"].items():
         console.print(_settings(name, row))
     console.print(
-        "p by Holm over the tasks. Seen from: a true difference of this size is found (p < 0.05) four times "
-        "in five. All of it is about the questions; nothing about seeds."
+        "p by Holm over the tasks. Seen from: a true difference of this size is found (p < 0.05 before Holm) "
+        "four times in five. All of it is about the questions; nothing about seeds."
     )
     for name, row in report["tasks"].items():
         for line in _warnings(row):

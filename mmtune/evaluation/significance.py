@@ -22,6 +22,7 @@ from mmtune.evaluation.metrics.base import clustered_stderr
 NORMAL = NormalDist()
 Z95 = NORMAL.inv_cdf(0.975)
 POWER = NORMAL.inv_cdf(0.8)
+SIX = 7.906  # the mean of a Poisson number that is six or more in 80 % of draws
 DRAWS = 9_999  # with the observed one 10,000
 RESAMPLES = 2_000
 NOTHING = 1e-9  # a sum of scores below this is rounding
@@ -33,7 +34,7 @@ def paired(differences: Sequence[float], clusters: Sequence[str]) -> dict[str, A
 
     difference; stderr (clustered, None for a single question) and ci95, its central-limit interval;
     ci95_bootstrap; p, two-sided, and the test that made it; detectable, the smallest difference that such a
-    comparison shows (two-sided 5 %, power 80 %; None where no answer changed); n, and how many clusters.
+    comparison shows (see there; above 100 where there are too few questions); n, and how many clusters.
     Where scores are 0 or 1 also p_mcnemar: McNemar's test takes the questions for independent, so it makes
     the headline only where no two of those that changed sides share a picture. There the two agree exactly.
     """
@@ -46,7 +47,9 @@ def paired(differences: Sequence[float], clusters: Sequence[str]) -> dict[str, A
         "stderr": stderr,
         "ci95": None if stderr is None else [difference - Z95 * stderr, difference + Z95 * stderr],
         "ci95_bootstrap": bootstrap95(sums, sizes),
-        "detectable": detectable(stderr) if stderr else None,
+        "detectable": None
+        if stderr is None
+        else detectable(stderr, 100 * sums / len(values), 100 / len(values)),
         "n": len(values),
         "clusters": len(sums),
     }
@@ -56,9 +59,20 @@ def paired(differences: Sequence[float], clusters: Sequence[str]) -> dict[str, A
         of_changed = [cluster for cluster, moved in zip(clusters, changed, strict=True) if moved]
         if len(set(of_changed)) == len(of_changed):
             return row | {"p": row["p_mcnemar"], "test": "McNemar, exact"}
+    return row | flip_signs(sums)
+
+
+def flip_signs(sums: Sequence[float] | np.ndarray) -> dict[str, Any]:
+    """p by sign_flip and the name of the test."""
     p, exact = sign_flip(sums)
     how = "exact" if exact else f"{DRAWS + 1:,} draws"
-    return row | {"p": p, "test": f"sign flips of pictures, {how}"}
+    return {"p": p, "test": f"sign flips of pictures, {how}"}
+
+
+def moves(differences: Sequence[float], clusters: Sequence[str]) -> np.ndarray:
+    """The points by which each cluster moves the mean over all questions; they add up to the difference."""
+    sums, _ = _by_cluster(np.asarray(differences, dtype=float), clusters)
+    return 100 * sums / len(differences)
 
 
 def mcnemar(lost: int, won: int) -> float:
@@ -131,9 +145,15 @@ def normal_p(value: float, stderr: float | None) -> float | None:
     return math.erfc(abs(value / stderr) / math.sqrt(2))
 
 
-def detectable(stderr: float) -> float:
-    """The smallest true difference found in 80 % of such comparisons at two-sided 5 %: (z.975 + z.8) SE."""
-    return (Z95 + POWER) * stderr
+def detectable(stderr: float, moved: Sequence[float] | np.ndarray = (), least: float = 0.0) -> float:
+    """The smallest true difference found in 80 % of such comparisons at two-sided 5 %, in points.
+
+    (z.975 + z.8) SE, with as many answers changed as here. Where few are, the exact tests need more: six
+    clusters that all moved one way, for five give p = 2 / 2^5. So it is no less than SIX mean moves. moved:
+    what each cluster moves the mean by; least: what one question would, where none did.
+    """
+    changed = [abs(value) for value in moved if abs(value) > NOTHING]
+    return max((Z95 + POWER) * stderr, SIX * (math.fsum(changed) / len(changed) if changed else least))
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:

@@ -96,7 +96,9 @@ def _chance(report: dict[str, Any], short: Mapping[str, str]) -> Table:
 def _between(report: dict[str, Any]) -> Table:
     """Each method's Source and Target less those of the best."""
     best = report["between"]["best"]
-    table = _table(f"Against {best}, which has the best Mean (difference ± 95 %)")
+    table = _table(
+        f"Against {best}: difference ± 95 %, questions. It is the best by Mean here, so its lead is flattered"
+    )
     table.add_column("", overflow="fold")
     pairs = [pair for pair in report["between"]["pairs"] if pair["b"] == best]
     several = any(pair["source"]["stderr_seeds"] is not None for pair in pairs)
@@ -220,10 +222,10 @@ def _notes(report: dict[str, Any], short: Mapping[str, str]) -> list[Text]:
     ]
     tests = {its["test"] for group in report["groups"] for its in group["change"]["tasks"].values()}
     notes.append(
-        f"p: {'; '.join(sorted(tests))}; of Source, and of a Target of several sets, by the central limit. "
+        f"p: {'; '.join(sorted(tests))}; of Source and Target by the pictures of all their sets together. "
         "Adjusted by Holm: over the source sets, over the target sets, over the methods. Seen from: a true "
-        "change of this size is found (p < 0.05) four times in five. All of it is about these very models, "
-        "their scores averaged over seeds; nothing about seeds."
+        "change of this size is found (p < 0.05 before Holm) four times in five. All of it is about these "
+        "very models, their scores averaged over seeds; nothing about seeds."
     )
     if len({row["unit"] for row in base["scores"].values()}) > 1:
         notes.append("The sets' points are of different units (below): a mean of them weighs unlike things.")

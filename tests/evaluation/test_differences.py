@@ -34,8 +34,28 @@ def test_a_run_against_its_base() -> None:
     assert source["difference"] == pytest.approx(fmean(row["tasks"][task]["difference"] for task in "abc"))
     stderr = sum(row["tasks"][task]["stderr"] ** 2 for task in "abc") ** 0.5 / 3
     assert source["stderr"] == pytest.approx(stderr)
-    assert source["p"] == pytest.approx(2 * stats.norm.sf(abs(source["difference"] / stderr)))
+    sums = [
+        sum(RUN[task][i].score - BASE[task][i].score for i in (str(2 * pair), str(2 * pair + 1)))
+        for task in "abc"
+        for pair in range(60)
+    ]
+    signs = np.random.default_rng(3).choice([-1, 1], (20_000, len(sums)))
+    by_chance = np.mean(abs(signs @ np.array(sums)) >= abs(sum(sums)) - 1e-9)
+    assert source["p"] == pytest.approx(by_chance, abs=0.005)
     assert source["detectable"] == pytest.approx(2.8016 * stderr, rel=1e-4)
+
+
+def test_few_changed_answers_are_no_certainty_about_the_source() -> None:
+    base = {task: {str(i): Answer(1.0, str(i)) for i in range(50)} for task in ("a", "b", "t")}
+    run = {task: dict(its) for task, its in base.items()}
+    for i in "01":
+        run["a"][i] = run["b"][i] = Answer(0.0, i)
+    row = changes(base, run, ["a", "b"], ["t"])
+    assert row["source"]["p"] == stats.binomtest(0, 4).pvalue == 0.125
+    assert row["source"]["detectable"] == pytest.approx(7.906)
+    unchanged = changes(base, base, ["a", "b"], ["t"])["source"]
+    assert (unchanged["p"], unchanged["difference"]) == (1.0, 0.0)
+    assert unchanged["detectable"] == pytest.approx(7.906)
 
 
 def test_other_questions_are_refused() -> None:

@@ -129,7 +129,7 @@ def test_the_page_says_what_the_report_says(made: tuple[dict[str, Any], str]) ->
         for task in SOURCE:
             form, flips = group["format"][task], group["flips"][task]
             turned = [flips[way]["mean"] for way in ("right_to_wrong", "wrong_to_right")]
-            cell = f"{form['off_format']['mean']:.1f} %{form['new']['mean']:.1f} % new"
+            cell = f"{form['off_format']['mean']:.1f} %in the target's form{form['new']['mean']:.1f} % new"
             assert cell + "{:.0f} lost, {:.0f} won".format(*turned) in text
     for run in report["runs"]:
         for task in SOURCE:
@@ -177,7 +177,7 @@ def test_chance_and_what_was_lost_stand_beside_the_scores(made: tuple[dict[str, 
     for group in report["groups"]:
         change = group["change"]["source"]
         p = f"p {p_value(change.get('p_holm', change['p']))}"
-        assert f"{points(change['difference'], True)}{p}from {points(change['detectable'])}" in text
+        assert f"{points(change['difference'], True)}{p}seen from {points(change['detectable'])}" in text
         for task in SOURCE:
             assert f"{points(100 * group['retention'][task]['mean'])} % kept" in text
     (pair,) = report["between"]["pairs"]

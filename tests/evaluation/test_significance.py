@@ -120,7 +120,7 @@ def test_which_test_makes_the_headline() -> None:
     assert together["p"] == by_brute_force([2, 1]) == 0.5
     assert "p_mcnemar" not in paired([0.3, 1], ["a", "b"])
     same = paired([0, 0], ["a", "b"])
-    assert (same["p"], same["stderr"], same["detectable"]) == (1, 0, None)
+    assert (same["p"], same["stderr"]) == (1, 0)
 
 
 def null(draw: np.random.Generator, pictures: int, each: int) -> tuple[list[float], list[str]]:
@@ -151,6 +151,14 @@ def test_a_difference_of_the_detectable_size_is_found_four_times_in_five() -> No
         differences = draw.normal(detectable(0.3 / 20), 0.3, 400)
         found.append(normal_p(100 * differences.mean(), 100 * stats.sem(differences)) or 0)
     assert np.mean(np.array(found) < 0.05) == pytest.approx(0.8, abs=0.06)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 3, 6, 12])
+def test_where_few_answers_changed_the_detectable_difference_is_found_as_often(lost: int) -> None:
+    n, draw = 300, np.random.default_rng(7)
+    told = paired([-1.0] * lost + [0.0] * (n - lost), [str(i) for i in range(n)])["detectable"]
+    found = [mcnemar(int(draw.binomial(n, told / 100)), 0) < 0.05 for _ in range(2000)]
+    assert np.mean(found) > 0.77
 
 
 def test_normal_p() -> None:

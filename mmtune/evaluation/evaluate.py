@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -139,7 +140,7 @@ def evaluate(
             print(f"already done: {output / 'results.json'}")
         return earlier
 
-    from mmtune.evaluation.generate import answer_in_batches, best_device
+    from mmtune.evaluation.generate import answer_in_batches, best_device, changed_alone
     from mmtune.evaluation.variant import load_variant
 
     first = processes.rank() == 0
@@ -148,7 +149,8 @@ def evaluate(
         processes.wait()  # all have seen what lies here; only now may it change
         made["config"]["device"] = best_device().type
         model = None
-        if any(q.id not in kept[p.task].done for p, questions, _ in asked for q in questions):
+        measured = first and dtype != "float32" and batch_size > 1  # in fp32 the batch size changes no answer
+        if measured or any(q.id not in kept[p.task].done for p, questions, _ in asked for q in questions):
             model = load_variant(model_folder, dtype, restore, base, scale)
         # Gone before the first samples are replaced, back after the last: the two never belong to two models.
         if first:
@@ -169,6 +171,16 @@ def evaluate(
             if first:
                 said = answers.read()
                 _check_all_said(questions, said, protocol, output)
+                if measured and model is not None:
+                    texts = {name: row["text"] for name, row in said.items()}
+                    found = changed_alone(model, protocol, questions, images, texts, max_new_tokens)
+                    made.setdefault("changed_alone", {})[protocol.task] = found
+                    print(
+                        f"{protocol.task}: asked again one at a time in {dtype}, {found['changed']} of "
+                        f"{found['asked']} answers changed",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 rows = _scored(made, protocol, questions, said, count, predict_only)
                 lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 write_text(output / f"samples_{protocol.task}.jsonl", lines)
@@ -298,7 +310,8 @@ def _finished(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = read_json(output / "results.json")
     hashes = [{task: config["hash"] for task, config in each["configs"].items()} for each in (found, wanted)]
-    decides = ("model_hash", "restored", "scale", "base_hash", *SAME)
+    decides = ["model_hash", "restored", "scale", "base_hash", *SAME]
+    decides += ["batch_size"] if wanted["precision"] != "float32" else []
     # Results without their pictures' folders are of an older mmtune, whose samples lack them too.
     same = "images" in found and hashes[0] == hashes[1] and all(found.get(k) == wanted[k] for k in decides)
     return found if same else None
@@ -309,7 +322,8 @@ def print_results(made: dict[str, Any], console: Console) -> None:
     title, restored, scale = made["model"], made.get("restored"), made.get("scale")
     title += f", {restored} as in {made['base']}" if restored else ""
     title += "" if scale is None else f", {scale:g} of the way from {made['base']}"
-    table, with_kl = Table(title=title), "kl_base" in made
+    with_kl = "kl_base" in made
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     headings = ("task", "split", "score", "stderr", "rule", "questions", "missing")
     for heading in (*headings, *(["KL"] if with_kl else [])):
         justify: Any = "left" if heading in ("task", "split", "rule") else "right"
@@ -320,6 +334,13 @@ def print_results(made: dict[str, Any], console: Console) -> None:
         counts += [f"{result['kl']:.4f}"] if with_kl else []
         table.add_row(task, made["splits"][task], f"{result['score']:.2f}", stderr, result["rule"], *counts)
     console.print(table)
+    again = made.get("changed_alone", {}).values()
+    if again:
+        asked, changed = (sum(its[key] for its in again) for key in ("asked", "changed"))
+        console.print(
+            f"{made['precision']}: the batch decides some answers. Of {asked} questions asked again one at a "
+            f"time {100 * changed / asked:.1f} % were answered otherwise ({changed})."
+        )
 
 
 def parse_gen_kwargs(text: str) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +23,9 @@ from mmtune.evaluation.likelihood import Asked, likeliest, likelihoods
 from mmtune.evaluation.metrics.base import Question
 from mmtune.evaluation.protocol import Protocol
 from mmtune.parts.model import VisionLanguageModel
+
+ALONE = 32
+"""How many questions of a task are asked again by themselves, to see how many answers the batch changed."""
 
 
 def generate_answers(
@@ -74,14 +77,31 @@ def answer_in_batches(
             # The next batch's pictures are decoded while the model is busy with these.
             decoding += [_decode(pool, model, image_root, later) for later in share[number + 1 : number + 2]]
             pictures = [picture.result() for picture in decoding.pop(0)]
-            if protocol.decode == "likelihood":
-                rows = _choose(model, protocol, batch, pictures, batch_size)
-            else:
-                asked = [prompts[question.id] for question in batch]
-                most = max_new_tokens or protocol.max_new_tokens
-                rows = _generate(model, protocol.stop, batch, asked, pictures, most)
+            asked = [prompts[question.id] for question in batch]
+            rows = _answer(model, protocol, batch, asked, pictures, batch_size, max_new_tokens)
             yield rows
             advance(len(rows))
+
+
+def changed_alone(
+    model: VisionLanguageModel,
+    protocol: Protocol,
+    questions: Sequence[Question],
+    image_root: Path,
+    said: Mapping[str, str],
+    max_new_tokens: int | None = None,
+) -> dict[str, int]:
+    """`asked`: how many questions, spread evenly over all, were asked again one by one; `changed`: how many
+    of them have another answer than in `said` (question id -> text). Raises UserError as `answer_in_batches`.
+    """
+    count = min(ALONE, len(questions))
+    changed = 0
+    for question in (questions[i * len(questions) // count] for i in range(count)):
+        pictures = load_images([inside(image_root, image) for image in question.images], model.transform)
+        prompt = model.chat.prompt(protocol.turns(question))
+        (row,) = _answer(model, protocol, [question], [prompt], [pictures], 1, max_new_tokens)
+        changed += row["text"] != said[question.id]
+    return {"asked": count, "changed": changed}
 
 
 def best_device() -> torch.device:
@@ -117,6 +137,21 @@ def _decode(
     paths = {question.id: tuple(inside(image_root, image) for image in question.images) for question in batch}
     started = {each: pool.submit(load_images, each, model.transform) for each in set(paths.values())}
     return [started[paths[question.id]] for question in batch]
+
+
+def _answer(
+    model: VisionLanguageModel,
+    protocol: Protocol,
+    batch: Sequence[Question],
+    prompts: list[list[int]],
+    pictures: list[torch.Tensor],
+    batch_size: int,
+    max_new_tokens: int | None,
+) -> list[dict[str, Any]]:
+    if protocol.decode == "likelihood":
+        return _choose(model, protocol, batch, pictures, batch_size)
+    most = max_new_tokens or protocol.max_new_tokens
+    return _generate(model, protocol.stop, batch, prompts, pictures, most)
 
 
 def _generate(

@@ -14,6 +14,7 @@ TRAINED = {"Config": "config", "Training data": "data", "Trained by commit": "co
 EVALUATED = {
     "Precision": "precision",
     "Batch size": "batch_size",
+    "Answers the batch changed": "batch_changed",
     "Padding": "padding",
     "Versions": "versions",
     "Model": "model_hash",
@@ -29,11 +30,22 @@ def made_by(folder: Path) -> dict[str, Any]:
     return {
         **{key: results.get(key) for key in ("model", "model_hash", "date")},
         **{key: results.get(key) for key in ("precision", "batch_size", "padding")},
+        "batch_changed": _batch_changed(results),
         "versions": results.get("environment", results.get("versions")),
         "commit": results.get("git_hash"),
         "device": (results.get("config") or {}).get("device"),
         "command": _command(results, folder),
     }
+
+
+def _batch_changed(results: Mapping[str, Any]) -> str | None:
+    if results.get("precision") == "float32":
+        return "none, as always in float32"
+    again = (results.get("changed_alone") or {}).values()
+    if not again:
+        return "none, asked one at a time" if results.get("batch_size") == 1 else None
+    changed, asked = (sum(its[key] for its in again) for key in ("changed", "asked"))
+    return f"{changed} of {asked} that were asked again one at a time"
 
 
 def prompts(folder: Path, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:

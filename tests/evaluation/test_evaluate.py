@@ -48,6 +48,42 @@ def test_batch_size_changes_no_answer(place: Path) -> None:
             assert made[size]["results"][task] == made[1]["results"][task]
 
 
+def test_what_the_batch_changes_in_bf16_is_measured(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against whole evaluations in other batches; at most 32 questions are asked again, here all 12."""
+    alone = evaluate(Path("base"), TASKS, place / "1", batch_size=1, dtype="bfloat16")
+    made = evaluate(Path("base"), TASKS, place / "16", batch_size=16, dtype="bfloat16")
+    exact = evaluate(Path("base"), ["tiny_text"], place / "exact")
+    assert "changed_alone" not in alone and "changed_alone" not in exact
+    said = {size: [r["prediction"] for t in TASKS for r in samples(place / size, t)] for size in ("1", "16")}
+    changed = {}
+    for number, task in enumerate(TASKS):
+        own = slice(12 * number, 12 * number + 12)
+        changed[task] = sum(a != b for a, b in zip(said["1"][own], said["16"][own], strict=True))
+    assert made["changed_alone"] == {task: {"asked": 12, "changed": n} for task, n in changed.items()}
+    assert json.loads((place / "16" / "results.json").read_text())["changed_alone"] == made["changed_alone"]
+    total = sum(changed.values())
+    assert total > 0
+    console = Console(file=StringIO(), width=200)
+    print_results(made, console)
+    shares = f"Of 48 questions asked again one at a time {100 * total / 48:.1f} % were answered otherwise"
+    assert shares in console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"{changed['tiny_text']} of 12 answers changed" in capsys.readouterr().err
+    monkeypatch.setattr("mmtune.evaluation.generate.ALONE", 5)
+    some = evaluate(Path("base"), ["tiny_text"], place / "some", batch_size=16, dtype="bfloat16")
+    assert some["changed_alone"]["tiny_text"]["asked"] == 5
+
+
+def test_in_bf16_another_batch_size_is_another_evaluation(place: Path) -> None:
+    how: dict[str, Any] = {"limit": 2, "skip_done": True}
+    for dtype, sizes in (("float32", [4, 4]), ("bfloat16", [4, 2])):
+        made = [
+            evaluate(Path("base"), ["tiny_text"], place, batch_size=b, dtype=dtype, **how) for b in (4, 2)
+        ]
+        assert [each["batch_size"] for each in made] == sizes
+
+
 def test_results_say_how_they_were_made(place: Path) -> None:
     returned = evaluate(Path("base"), TASKS, place, batch_size=8)
     made = json.loads((place / "results.json").read_text())

@@ -133,6 +133,12 @@ def evaluate(
         "seed": seed,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": versions(),
+        "given": {
+            "tasks": list(tasks),
+            "decode": decode,
+            "question_files": {task: str(path) for task, path in (question_files or {}).items()},
+            "data_root": None if root is None else str(root),
+        },
     }
     earlier = _finished(output, made) if skip_done and not predict_only else None
     if earlier is not None:

@@ -282,13 +282,14 @@ class SuiteFile:
 class Suite:
     """Tasks the model could do before (source) and the ones it is tuned for (target), by their names.
 
-    files: the protocol's path of each task that is the user's own.
+    files: the protocol's path of each task that is the user's own. path: the suite's own, where it is.
     """
 
     name: str
     source: list[str]
     target: list[str]
     files: dict[str, str] = field(default_factory=dict)
+    path: str | None = None
 
     @property
     def tasks(self) -> list[str]:
@@ -356,4 +357,5 @@ def load_suite(name: str) -> Suite:
         [names.get(task, task) for task in found.source],
         [names.get(task, task) for task in found.target],
         files={own: path for path, own in names.items()},
+        path=name if is_path(name) else None,
     )

@@ -61,7 +61,8 @@ def prompts(folder: Path, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def _command(results: Mapping[str, Any], folder: Path) -> str:
-    tasks = ",".join(results["results"])
+    given = results.get("given") or {}
+    tasks = ",".join(given.get("tasks") or results["results"])
     words = ["mmtune", "eval", "--model", str(results["model"]), "--tasks", tasks]
     if len(set(results["splits"].values())) == 1:
         words += ["--split", next(iter(results["splits"].values()))]
@@ -71,8 +72,12 @@ def _command(results: Mapping[str, Any], folder: Path) -> str:
         "--dtype": results.get("precision"),
         "--limit": results.get("limit"),
         "--gen_kwargs": f"max_new_tokens={tokens}" if isinstance(tokens, int) else None,
+        "--decode": given.get("decode"),
+        "--data_root": given.get("data_root"),
         "--output_path": folder,
     }
+    for task, path in (given.get("question_files") or {}).items():
+        words += ["--question_file", f"{task}={path}"]
     words += [word for key, value in options.items() if value is not None for word in (key, str(value))]
     return shlex.join(words)
 

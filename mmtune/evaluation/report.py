@@ -151,7 +151,7 @@ def make_report(
 
 
 def _command(base: Path, runs: Sequence[Path], suite: Suite, split: str | None, output: Path) -> str:
-    words = ["mmtune", "report", "--base", base, *runs, "--suite", suite.name]
+    words = ["mmtune", "report", "--base", base, *runs, "--suite", suite.path or suite.name]
     words += ["--split", split] if split else []
     return shlex.join(map(str, [*words, "--output_path", output]))
 
@@ -169,8 +169,11 @@ def _check_complete(base: Path, runs: Sequence[Path], suite: Suite, split: str |
                 )
             )
         elif not (folder / place / "results.json").is_file():
-            model = folder / "final" if (folder / "final").is_dir() else folder
-            command = f"mmtune eval --model {model} --suite {suite.name} --output_path {folder / place}"
+            holds_model = folder is not base or (folder / "config.json").is_file()
+            model = (
+                folder / "final" if (folder / "final").is_dir() else folder if holds_model else "BASE_MODEL"
+            )
+            command = f"mmtune eval --model {model} --suite {suite.path or suite.name} --output_path {folder / place}"
             command += f" --split {split}" if split not in (None, "test") else ""
             what = f"there is no {place / 'results.json'}: it is not evaluated on suite {suite.name}"
             faults.append(Fault(what, str(folder), f"Run: {command}"))

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mmtune.cli import _parser
+from mmtune.core.errors import UserError
 from mmtune.evaluation.provenance import made_box, said
 from mmtune.evaluation.report import make_report
 from tests.made_up_runs import GROUPS, TASKS, TINY, base_of, rewrite, world
@@ -70,6 +73,27 @@ def test_the_commands_are_ones_that_mmtune_takes(report: dict[str, Any]) -> None
         assert (options.output_path / "results.json").is_file()
     options = _parser().parse_args(shlex.split(last)[1:])
     assert options.suite == "tiny" and len(options.runs) == 4 and isinstance(options.base, Path)
+
+
+def test_the_commands_name_tasks_suites_and_files_of_ones_own(tmp_path: Path) -> None:
+    base, runs = base_of(tmp_path), world(tmp_path, {"a": GROUPS[next(iter(GROUPS))]}, (0,))
+    given = {
+        "tasks": [*TASKS[:-1], "my own.yaml"],
+        "decode": "likelihood",
+        "question_files": {"tiny_text": "asked.jsonl"},
+        "data_root": "/data",
+    }
+    rewrite(next(base.rglob("results.json")), given=given)
+    report = make_report(base, runs, replace(TINY, path="mine.yaml"), "test", tmp_path / "out")
+    words = shlex.split(report["base"]["made_by"]["command"])
+    options = _parser().parse_args(words[1:])
+    assert options.tasks.split(",") == given["tasks"]
+    assert (options.decode, options.data_root) == ("likelihood", Path("/data"))
+    assert options.question_file == ["tiny_text=asked.jsonl"]
+    assert "--suite mine.yaml" in report["made_with"]["command"]
+    shutil.rmtree(base / "eval")
+    with pytest.raises(UserError, match="--model BASE_MODEL --suite mine.yaml"):
+        make_report(base, runs, replace(TINY, path="mine.yaml"), "test", tmp_path / "out")
 
 
 def test_settings_in_words() -> None:

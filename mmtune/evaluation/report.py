@@ -173,7 +173,8 @@ def _check_complete(base: Path, runs: Sequence[Path], suite: Suite, split: str |
             model = (
                 folder / "final" if (folder / "final").is_dir() else folder if holds_model else "BASE_MODEL"
             )
-            command = f"mmtune eval --model {model} --suite {suite.path or suite.name} --output_path {folder / place}"
+            command = f"mmtune eval --model {model} --suite {suite.path or suite.name}"
+            command += f" --output_path {folder / place}"
             command += f" --split {split}" if split not in (None, "test") else ""
             what = f"there is no {place / 'results.json'}: it is not evaluated on suite {suite.name}"
             faults.append(Fault(what, str(folder), f"Run: {command}"))

@@ -92,7 +92,7 @@ def test_the_commands_name_tasks_suites_and_files_of_ones_own(tmp_path: Path) ->
     assert options.question_file == ["tiny_text=asked.jsonl"]
     assert "--suite mine.yaml" in report["made_with"]["command"]
     shutil.rmtree(base / "eval")
-    with pytest.raises(UserError, match="--model BASE_MODEL --suite mine.yaml"):
+    with pytest.raises(UserError, match=r"--model BASE_MODEL --suite mine\.yaml"):
         make_report(base, runs, replace(TINY, path="mine.yaml"), "test", tmp_path / "out")
 
 

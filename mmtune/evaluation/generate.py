@@ -58,10 +58,12 @@ def answer_in_batches(
     answered already; a batch of nothing else is left out. What makes up a batch depends on neither `done` nor
     the number of processes, of which each takes its share of the batches. name: what the progress is called.
 
-    Raises UserError for a picture that is missing or broken, and for a prompt longer than the context.
+    Raises UserError for a picture that is missing or broken, and where prompt and answer might exceed the
+    context.
     """
     prompts = {question.id: model.chat.prompt(protocol.turns(question)) for question in questions}
-    _check_length(prompts, protocol, model.chat.context)
+    answer = 1 if protocol.decode == "likelihood" else max_new_tokens or protocol.max_new_tokens
+    _check_length(prompts, protocol, model.chat.context, answer)
     # Longest first: running out of memory shows at once, and a batch holds prompts of similar length.
     order = sorted(questions, key=lambda question: -len(prompts[question.id]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -120,13 +122,14 @@ def best_device() -> torch.device:
     return torch.device("cuda", local)
 
 
-def _check_length(prompts: dict[str, list[int]], protocol: Protocol, context: float) -> None:
+def _check_length(prompts: dict[str, list[int]], protocol: Protocol, context: float, answer: int) -> None:
+    # Beyond its context a model babbles, or has no positions: no answer may run into that, however long.
     for name, ids in prompts.items():
-        if len(ids) >= context:
+        if len(ids) + answer > context:
             raise UserError(
-                f"{len(ids)} tokens are asked, the model's context has {context}",
+                f"{len(ids)} tokens are asked and up to {answer} answered; the model's context has {context}",
                 where=f"task {protocol.task}, question {name}",
-                mend="Take a model with a longer context.",
+                mend="Take a model with a longer context, or shorter answers: --gen_kwargs max_new_tokens=N.",
             )
 
 

@@ -101,6 +101,18 @@ def test_a_missing_picture_is_named(world: Path, model: VisionLanguageModel, tmp
     assert str(tmp_path) in str(caught.value)
 
 
+def test_an_answer_has_room_in_the_context(world: Path, model: VisionLanguageModel) -> None:
+    protocol = load_protocol("tiny_text")
+    questions, _ = protocol.questions("test", world / "datasets" / "tiny")
+    longest = max(len(model.chat.prompt(protocol.turns(question))) for question in questions)
+    room = int(model.chat.context) - longest
+    assert len(generate_answers(model, protocol, questions[:2], world, 2, max_new_tokens=room)) == 2
+    with pytest.raises(UserError, match=f"{longest} tokens are asked and up to {room + 1} answered"):
+        generate_answers(model, protocol, questions, world, 2, max_new_tokens=room + 1)
+    with pytest.raises(UserError, match="answered; the model's context has 512"):
+        generate_answers(model, replace(protocol, prompt="long " * 600), questions, world, 2)
+
+
 def test_answers_are_cut_at_the_first_stop_string(world: Path, model: VisionLanguageModel) -> None:
     protocol = load_protocol("tiny_text")
     questions, _ = protocol.questions("test", world / "datasets" / "tiny")

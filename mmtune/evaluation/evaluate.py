@@ -344,8 +344,8 @@ def print_results(made: dict[str, Any], console: Console) -> None:
     if again:
         asked, changed = (sum(its[key] for its in again) for key in ("asked", "changed"))
         console.print(
-            f"{made['precision']}: the batch decides some answers. Of {asked} questions asked again one at a "
-            f"time {100 * changed / asked:.1f} % were answered otherwise ({changed})."
+            f"In {made['precision']} an answer can depend on its batch. Of {asked} questions asked again one "
+            f"at a time {100 * changed / asked:.1f} % were answered otherwise ({changed})."
         )
 
 

@@ -78,6 +78,15 @@ def _command(results: Mapping[str, Any], folder: Path) -> str:
     }
     for task, path in (given.get("question_files") or {}).items():
         words += ["--question_file", f"{task}={path}"]
+    configs = results.get("configs", {})
+    if {config.get("decode") for config in configs.values()} == {"likelihood"}:
+        options["--decode"] = "likelihood"
+    words += [
+        f"--question_file={task}={file}"
+        for task, config in configs.items()
+        for file in (config.get("question_files") or {}).values()
+        if Path(file).is_absolute()  # given on the command line; a protocol's own lies under its root
+    ]
     words += [word for key, value in options.items() if value is not None for word in (key, str(value))]
     return shlex.join(words)
 

@@ -11,7 +11,7 @@ import pytest
 
 from mmtune.cli import _parser
 from mmtune.core.errors import UserError
-from mmtune.evaluation.provenance import made_box, said
+from mmtune.evaluation.provenance import made_box, made_by, said
 from mmtune.evaluation.report import make_report
 from tests.made_up_runs import GROUPS, TASKS, TINY, base_of, rewrite, world
 
@@ -99,3 +99,23 @@ def test_the_commands_name_tasks_suites_and_files_of_ones_own(tmp_path: Path) ->
 def test_settings_in_words() -> None:
     assert said({"greedy": True, "tokens": 1, "other": None}) == "greedy yes, tokens 1, other not said"
     assert said({}) == "not said"
+
+
+def test_a_command_asks_and_decodes_as_it_was_done(tmp_path: Path) -> None:
+    results = {
+        "model": "m",
+        "results": {"a": {}, "b": {}},
+        "splits": {"a": "test", "b": "test"},
+        "precision": "bfloat16",
+        "batch_size": 8,
+        "changed_alone": {"a": {"asked": 32, "changed": 1}, "b": {"asked": 12, "changed": 2}},
+        "configs": {
+            "a": {"decode": "likelihood", "question_files": {"test": "/data/of mine.jsonl"}},
+            "b": {"decode": "likelihood", "question_files": {"test": "its/own.jsonl"}},
+        },
+    }
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    made = made_by(tmp_path)
+    options = _parser().parse_args(shlex.split(made["command"])[1:])
+    assert options.question_file == ["a=/data/of mine.jsonl"] and options.decode == "likelihood"
+    assert made["batch_changed"] == "3 of 44 that were asked again one at a time"

@@ -85,6 +85,8 @@ def _compare(a: Scored, b: Scored) -> dict[str, Any]:
     }
     if pairs:
         row |= _paired(pairs) | {"only_a": a.n - len(pairs), "only_b": b.n - len(pairs)}
+        if (a.unit, b.unit) != ("%", "%"):  # CIDEr has no highest, so no caption is right or wrong
+            del row["flips"]
     else:
         row |= _unpaired(a, b)
     row |= {"matched_by": by, "matching": how, "made": _made(a, b, pairs)}

@@ -188,7 +188,11 @@ def _answers(report: dict[str, Any], short: Mapping[str, str]) -> Table:
         table.add_row(
             "  of the base's score, %", *["" if k is None else f"{100 * k['mean']:.1f}" for k in kept]
         )
-        table.add_row("  questions lost / won", *[f"{lost:.0f} / {won:.0f}" for lost, won in turned])
+        cells = [
+            f"{lost:.0f} / {won:.0f}" if report["base"]["scores"][task]["unit"] == "%" else "-"
+            for task, (lost, won) in zip(source, turned, strict=True)
+        ]
+        table.add_row("  questions lost / won", *cells)
     return table
 
 

@@ -242,3 +242,13 @@ def test_matching_takes_the_right_partners_in_any_order(asked: list[int], random
     assert by == "place in the data set"
     assert sorted(mine.index for mine, _ in pairs) == list(range(len(asked)))
     assert all(mine.index == its.index for mine, its in pairs)
+
+
+def test_no_caption_is_lost_or_won(tmp_path: Path) -> None:
+    folders = []
+    for name, scores in (("a", [0.4, 1.2, 0.7]), ("b", [0.6, 0.3, 1.9])):
+        folders.append(ours(tmp_path / name, {"coco": scores}))
+        path = folders[-1] / "results.json"
+        path.write_text(path.read_text().replace('"unit": "%"', '"unit": "CIDEr x 100"'))
+    row = compare(folders[0], folders[1])["tasks"]["coco"]
+    assert "flips" not in row and row["difference"] == pytest.approx(100 * 0.5 / 3)

@@ -200,6 +200,7 @@ def test_a_set_of_captions_is_not_out_of_a_hundred(made: tuple[dict[str, Any], s
     examples = {task: [Example("q", "", [], given)] if task in SOURCE[:2] else [] for task in TASKS}
     page = render_page(report, examples, *NOTHING[1:])
     text = words(Elements(page))
+    assert len(re.findall(r"\d+ lost, \d+ won", text)) == (len(SOURCE) - 1) * len(report["groups"])
     assert "200 questions, CIDEr x 100" in text and "but where a unit is given" in text
     assert text.count("right: a cat") == 1  # of the set that is no caption
     widths = [

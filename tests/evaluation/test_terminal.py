@@ -115,11 +115,14 @@ def test_points_of_other_units_are_named(tmp_path: Path) -> None:
     for folder in (base, *runs):
         path = folder / "eval" / "tiny-test" / "results.json"
         results = json.loads(path.read_text())["results"]
-        results["tiny_iconqa"]["unit"] = "CIDEr x 100"
+        for task in ("tiny_iconqa", SOURCE[0]):
+            results[task]["unit"] = "CIDEr x 100"
         rewrite(path, results=results)
-    text = " ".join(printed(make_report(base, runs, TINY, "test", tmp_path / "out")).split())
+    report = make_report(base, runs, TINY, "test", tmp_path / "out")
+    text = " ".join(printed(report).split())
     assert "(rule exact, n=200, CIDEr x 100)" in text
     assert "different units" in text
+    assert text.count("questions lost / won - ") == len(report["groups"])
 
 
 def test_p_value() -> None:

@@ -199,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     generating.add_argument("--model", type=Path, default=Path("data/tiny/model"))
     generating.add_argument("--suite", default="tiny")
     generating.add_argument("--limit", type=_positive, default=100, help="questions of each task (100)")
-    generating.add_argument("--batch_size", type=_positive, default=32)
+    generating.add_argument("--batch_size", type=_positive, default=100)
     generating.add_argument("--data_root", type=Path, help="instead of each protocol's root")
     generating.add_argument("--output_path", type=Path, help="write the figures to this file, as JSON")
     generating.set_defaults(run=_bench_generate)

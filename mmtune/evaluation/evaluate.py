@@ -136,7 +136,6 @@ def evaluate(
         "given": {
             "tasks": list(tasks),
             "decode": decode,
-            "question_files": {task: str(path) for task, path in (question_files or {}).items()},
             "data_root": None if root is None else str(root),
         },
     }

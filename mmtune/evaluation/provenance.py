@@ -76,8 +76,6 @@ def _command(results: Mapping[str, Any], folder: Path) -> str:
         "--data_root": given.get("data_root"),
         "--output_path": folder,
     }
-    for task, path in (given.get("question_files") or {}).items():
-        words += ["--question_file", f"{task}={path}"]
     configs = results.get("configs", {})
     if {config.get("decode") for config in configs.values()} == {"likelihood"}:
         options["--decode"] = "likelihood"

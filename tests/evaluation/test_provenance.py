@@ -75,12 +75,11 @@ def test_the_commands_are_ones_that_mmtune_takes(report: dict[str, Any]) -> None
     assert options.suite == "tiny" and len(options.runs) == 4 and isinstance(options.base, Path)
 
 
-def test_the_commands_name_tasks_suites_and_files_of_ones_own(tmp_path: Path) -> None:
+def test_the_commands_name_tasks_and_suites_of_ones_own(tmp_path: Path) -> None:
     base, runs = base_of(tmp_path), world(tmp_path, {"a": GROUPS[next(iter(GROUPS))]}, (0,))
     given = {
         "tasks": [*TASKS[:-1], "my own.yaml"],
         "decode": "likelihood",
-        "question_files": {"tiny_text": "asked.jsonl"},
         "data_root": "/data",
     }
     rewrite(next(base.rglob("results.json")), given=given)
@@ -89,7 +88,6 @@ def test_the_commands_name_tasks_suites_and_files_of_ones_own(tmp_path: Path) ->
     options = _parser().parse_args(words[1:])
     assert options.tasks.split(",") == given["tasks"]
     assert (options.decode, options.data_root) == ("likelihood", Path("/data"))
-    assert options.question_file == ["tiny_text=asked.jsonl"]
     assert "--suite mine.yaml" in report["made_with"]["command"]
     shutil.rmtree(base / "eval")
     with pytest.raises(UserError, match=r"--model BASE_MODEL --suite mine\.yaml"):

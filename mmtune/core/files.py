@@ -94,7 +94,7 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 def _parsed(text: str) -> Any:
     """The value of a JSON text. Raises ValueError also for what json would take in silence."""
-    value = json.loads(text, object_pairs_hook=_no_key_twice)
+    value = _DECODER.decode(text)
     if _SURROGATE.search(text):
         # Half of a pair (an emoji cut in two) is no text: neither a tokenizer nor a file takes it.
         try:
@@ -113,6 +113,9 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         of = f" of the object with id {made['id']}" if "id" in made and again != "id" else ""
         raise ValueError(f"the key '{again}'{of} is given twice; keep one of the two")
     return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_key_twice)  # made once: a file has many lines
 
 
 def inside(root: Path, name: str) -> Path:

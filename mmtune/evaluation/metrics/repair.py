@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import islice
 from string import ascii_uppercase
 
 from mmtune.evaluation.metrics.base import Question, Rule, plain
@@ -59,8 +60,13 @@ class Reader:
     """Reads replies leniently to the questions of one task."""
 
     def __init__(self, questions: Sequence[Question]) -> None:
-        own = {_words(answer) for question in questions for answer in question.answers} - {()}
-        self.rivals = own if len(own) * CLOSED <= len(questions) else set()
+        own: set[tuple[str, ...]] = set()
+        for question in questions:
+            own.update(words for answer in set(question.answers) if (words := _words(answer)))
+            if len(own) * CLOSED > len(questions):
+                own = set()
+                break
+        self.rivals = own
         """The task's answers as words, where they are a closed set, of which one excludes the others."""
         self.longest = max(map(len, self.rivals), default=0)
 
@@ -82,8 +88,8 @@ class Reader:
                 return []
             return [question.choices[chosen], *ascii_uppercase[chosen : chosen + 1], str(chosen)]
         # No rule turns an answer of many more words into the annotated one.
-        longest = 2 + max((len(_words(answer)) for answer in question.answers), default=0)
-        short = [form for form in unwrapped(reply) if len(_words(form)) <= longest]
+        longest = 2 + max((len(_words(answer)) for answer in set(question.answers)), default=0)
+        short = [form for form in unwrapped(reply) if not _longer(form, longest)]
         found = [form for form in short if not self._beside_rival(question, reply, form)]
         return list(dict.fromkeys([*found, *self._said_inside(question, reply)]))
 
@@ -98,8 +104,10 @@ class Reader:
         held: dict[tuple[str, ...], str] = {}
         for answer in dict.fromkeys(question.answers):
             phrase = _words(answer)
-            tells = len(phrase) > 1 or any(len(word) > 1 or word.isdigit() for word in phrase)
-            if tells and answer.casefold() not in ("yes", "no") and _count(phrase, words) == 1:
+            if _count(phrase, words) != 1:
+                continue
+            tells = len(phrase) > 1 or len(phrase[0]) > 1 or phrase[0].isdigit()
+            if tells and answer.casefold() not in ("yes", "no"):
                 held[phrase] = answer
         outer = [phrase for phrase in held if not any(_inside(phrase, other) for other in held)]
         if len(outer) != 1 or self._beside_rival(question, reply, held[outer[0]]):
@@ -188,11 +196,20 @@ def _strip(text: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _words(text: str) -> tuple[str, ...]:
-    return tuple(_WORD.findall(text.casefold().replace("’", "'")))
+    return tuple(_WORD.findall(_folded(text)))
+
+
+def _longer(text: str, count: int) -> bool:
+    """Whether a text has more words than that; it is read no further."""
+    return any(True for _ in islice(_WORD.finditer(_folded(text)), count, None))
+
+
+def _folded(text: str) -> str:
+    return text.casefold().replace("’", "'")
 
 
 def _denies(words: Sequence[str]) -> bool:
-    return any(word in _DENIES or word.endswith("n't") for word in words)
+    return not _DENIES.isdisjoint(words) or any(word.endswith("n't") for word in words)
 
 
 def _is_number(word: str) -> bool:
@@ -205,7 +222,9 @@ def _phrases(words: tuple[str, ...], size: int) -> list[tuple[str, ...]]:
 
 def _count(phrase: tuple[str, ...], words: tuple[str, ...]) -> int:
     """How often a phrase stands among words; an empty one never does."""
-    return _phrases(words, len(phrase)).count(phrase) if phrase else 0
+    if not phrase or phrase[0] not in words:
+        return 0
+    return words.count(phrase[0]) if len(phrase) == 1 else _phrases(words, len(phrase)).count(phrase)
 
 
 def _inside(phrase: tuple[str, ...], other: tuple[str, ...]) -> bool:

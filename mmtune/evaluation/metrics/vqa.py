@@ -83,7 +83,7 @@ def strip_punctuation(text: str, period: re.Pattern[str] = _PERIOD_NOT_BEFORE_DI
     `period` matches those that go.
     """
     if _MARKS.isdisjoint(text):
-        return period.sub("", text, count=32)
+        return period.sub("", text, count=32) if "." in text else text
     glued = _COMMA_BETWEEN_DIGITS.search(text) is not None
     stripped = text
     for mark in PUNCTUATION:
@@ -97,11 +97,12 @@ def replace_words(text: str) -> str:
 
     The articles go even where they are the whole answer: an option letter `A` becomes the empty string.
     """
-    words = (NUMBERS.get(word, word) for word in text.lower().split())
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+    words = [NUMBERS.get(word, word) for word in text.lower().split()]
+    return " ".join([CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES])
 
 
 def one_line(text: str) -> str:
+    """Line feeds and tabs as spaces, none around: the first step of both repositories' evaluators."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
@@ -134,38 +135,48 @@ def soft_accuracy(prediction: str, answers: Sequence[str]) -> float:
     With ten answers 0, 1, 2, 3 and 4 matches give 0, 0.3, 0.6, 0.9 and 1. The published short form
     min(matches / 3, 1) leaves nobody out and is not the same.
     """
-    matches = sum(answer == prediction for answer in answers)
+    matches = list(answers).count(prediction)
     by_matching = matches * min(3, matches - 1)
     by_others = (len(answers) - matches) * min(3, matches)
     # One division of whole numbers, so that 0.3 is the nearest double to 0.3.
     return (by_matching + by_others) / (3 * len(answers))
 
 
+def _each(normalise: Callable[[str], str], answers: Sequence[str]) -> list[str]:
+    """The answers normalised; what several annotators wrote is normalised once."""
+    normalised = {answer: normalise(answer) for answer in set(answers)}
+    return [normalised[answer] for answer in answers]
+
+
 def m4c(question: Question, prediction: str) -> float:
-    return soft_accuracy(normalise_m4c(prediction), [normalise_m4c(answer) for answer in question.answers])
+    """Soft accuracy under `m4c`, as the top of this file has it."""
+    return soft_accuracy(normalise_m4c(prediction), _each(normalise_m4c, question.answers))
 
 
 def vqa2021(question: Question, prediction: str) -> float:
-    answers = [one_line(answer) for answer in question.answers]
+    """Soft accuracy under `vqa2021`, as the top of this file has it."""
+    answers = _each(one_line, question.answers)
     if len(set(answers)) == 1:
         return soft_accuracy(one_line(prediction), answers)
-    return soft_accuracy(normalise_vqa(prediction), [normalise_vqa(answer) for answer in answers])
+    return soft_accuracy(normalise_vqa(prediction), _each(normalise_vqa, answers))
 
 
 def vqa_legacy(question: Question, prediction: str) -> float:
-    answers = list(question.answers)
+    """Soft accuracy under `vqa_legacy`, as the top of this file has it."""
+    answers: Sequence[str] = question.answers
     if len(set(answers)) > 1:
-        answers = [strip_punctuation(answer) for answer in answers]
+        answers = _each(strip_punctuation, answers)
     return soft_accuracy(normalise_vqa(prediction), answers)
 
 
 def vlmevalkit(question: Question, prediction: str) -> float:
-    answers = [normalise_vlmevalkit(answer) for answer in question.answers]
-    return soft_accuracy(normalise_vlmevalkit(prediction), answers)
+    """Soft accuracy under `vlmevalkit`, as the top of this file has it."""
+    return soft_accuracy(normalise_vlmevalkit(prediction), _each(normalise_vlmevalkit, question.answers))
 
 
 def lmms_eval_vqav2(question: Question, prediction: str) -> float:
-    return soft_accuracy(normalise_vqa(prediction), [normalise_vqa(answer) for answer in question.answers])
+    """Soft accuracy under `lmms_eval_vqav2`, as the top of this file has it."""
+    return soft_accuracy(normalise_vqa(prediction), _each(normalise_vqa, question.answers))
 
 
 RULES: dict[str, Rule] = {"m4c": m4c, "vqa2021": vqa2021, "vqa_legacy": vqa_legacy}

@@ -151,6 +151,7 @@ KINDS = [(RED, gqa), (SIGN, m4c), (COUNT, m4c), (EXISTS, m4c), (PET, choice), (P
 @given(reply=REPLIES)
 @example(reply="")
 @example(reply="\ud800 \x00")
+@example(reply="'THREE")
 def test_lenient_is_never_below_strict_and_a_right_answer_stays_right(
     question: Question, rule: Rule, reply: str
 ) -> None:
@@ -162,7 +163,7 @@ def test_lenient_is_never_below_strict_and_a_right_answer_stays_right(
     if question is PET and option_of(PET.choices, reply) in (0, 2):
         assert lenient == strict
     if lenient > strict and question is not PET:  # it was in the reply, not made up
-        assert any(answer in reply.casefold() for answer in question.answers)
+        assert any(answer in reply.casefold().replace("three", "3") for answer in question.answers)
 
 
 UNRELATED = st.lists(

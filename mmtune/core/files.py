@@ -33,11 +33,14 @@ def read_text(path: Path) -> str:
             "this is a folder, a file was expected", where=path, mend="Name a file in it."
         ) from None
     except UnicodeDecodeError as error:
+        if error.object.startswith(b"\x1f\x8b"):
+            raise UserError("it is compressed", where=path, mend="Unpack it first: gunzip FILE.") from None
         line = error.object[: error.start].count(b"\n") + 1
+        other = "UTF-16" if error.object.startswith((b"\xff\xfe", b"\xfe\xff")) else "latin1"
         raise UserError(
             f"not a UTF-8 text file (byte {error.start})",
             where=f"{path}, line {line}",
-            mend="Save it as UTF-8; from Latin-1: iconv -f latin1 -t utf-8 FILE.",
+            mend=f"Save it as UTF-8; from {other}: iconv -f {other} -t utf-8 FILE.",
         ) from None
     except OSError as error:
         raise UserError(
@@ -58,6 +61,8 @@ def read_json(path: Path) -> Any:
         mend = "Mend that line; was the file written whole?"
         if error.msg == "Extra data":
             mend = "A file of one object per line is JSONL: let its name end in .jsonl."
+            if Path(path).suffix == ".jsonl":
+                mend = "It has an object per line; a file that is one JSON value is expected here."
         where = f"{path}, line {error.lineno}"
         raise UserError(f"not valid JSON: {error.msg}", where=where, mend=mend) from None
     except _UNPARSED as error:

@@ -323,7 +323,7 @@ def _finished(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def print_results(made: dict[str, Any], console: Console) -> None:
-    """A line per task: score, standard error, how it was scored, how many questions."""
+    """A line per task: score, standard error, how it was scored, how many questions; then the warnings."""
     title, restored, scale = made["model"], made.get("restored"), made.get("scale")
     title += f", {restored} as in {made['base']}" if restored else ""
     title += "" if scale is None else f", {scale:g} of the way from {made['base']}"
@@ -346,6 +346,9 @@ def print_results(made: dict[str, Any], console: Console) -> None:
             f"In {made['precision']} an answer can depend on its batch. Of {asked} questions asked again one "
             f"at a time {100 * changed / asked:.1f} % were answered otherwise ({changed})."
         )
+    for task, result in made["results"].items():
+        for warning in result.get("warnings", ()):
+            console.print(f"warning: {task}: {warning}", markup=False, soft_wrap=True)
 
 
 def parse_gen_kwargs(text: str) -> int | None:

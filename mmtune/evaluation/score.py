@@ -6,11 +6,13 @@ question, is refused. Nothing here imports torch.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from typing import Protocol as Structure
@@ -51,8 +53,36 @@ def score_file(
     broken or do not belong together.
     """
     find_rule(protocol, rule)
-    questions = read_questions(protocol, annotations)
-    return score_predictions(questions, read_predictions(predictions, questions), protocol, rule)
+    with _no_collection():
+        questions = read_questions(protocol, annotations)
+        try:
+            found = read_predictions(predictions, questions)
+        except UserError as error:
+            raise _of_a_sample(error, protocol) from None
+    return score_predictions(questions, found, protocol, rule)
+
+
+def _of_a_sample(error: UserError, protocol: Protocol) -> UserError:
+    """The same error; where the protocol draws some of the file's questions, it says so."""
+    drawn = protocol.options.get("sample")
+    fault = error.faults[0]
+    if drawn is None or "not in the annotation file" not in fault.what:
+        return error
+    what = fault.what.replace("in the annotation file", f"among the {drawn} that task {protocol.task} draws")
+    mend = f"{fault.mend} A task without 'sample' asks all questions of the file (OCR-VQA: ocrvqa_full)."
+    return UserError(what, where=fault.where, mend=mend)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No search for garbage: a million new objects without a cycle would be searched again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def read_questions(protocol: Protocol, annotations: Path) -> list[Question]:
@@ -290,7 +320,10 @@ def _row(row: Any, where: str) -> Row:
         )
     identity = _identity(row)
     if not isinstance(identity, str | int) or isinstance(identity, bool):
-        raise UserError("it has no 'question_id'", where=where, mend=f"Found: {', '.join(row) or 'nothing'}.")
+        what = "it has no 'question_id'"
+        if identity is not None:
+            what = f"its id should be a whole number or a text, found {json.dumps(identity)[:40]}"
+        raise UserError(what, where=where, mend=f"Found: {', '.join(row) or 'nothing'}.")
     where = f"{where}, question_id {identity}"
     names = [name for name in ("text", "answer", "prediction", "caption") if name in row]
     if not names and "filtered_resps" in row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -88,6 +89,30 @@ def test_broken_jsonl(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(UserError, match=rf"a\.jsonl.*{message}"):
         read_jsonl(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b"{}"), "gunzip"),
+        ('{"a": 1}'.encode("utf-16"), "iconv -f UTF-16"),
+        (b'"\xe9"', "latin1"),
+    ],
+)
+def test_what_is_no_utf_8_is_said_to_be_what_it_is(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_json(tmp_path / "a.json")
+
+
+def test_jsonl_where_json_is_expected(tmp_path: Path) -> None:
+    for name, message in (
+        ("a.json", "let its name end in .jsonl"),
+        ("a.jsonl", "one JSON value is expected"),
+    ):
+        (tmp_path / name).write_text("{}\n{}\n")
+        with pytest.raises(UserError, match=message):
+            read_json(tmp_path / name)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -373,6 +373,10 @@ def test_the_table_has_a_line_per_task(place: Path) -> None:
         (line,) = [line for line in printed.splitlines() if task in line]
         assert f"{made['results'][task]['score']:.2f}" in line
         assert made["results"][task]["rule"] in line
+    assert "warning" not in printed
+    made["results"][TASKS[0]]["warnings"] = ["CIDEr of [one] image"]
+    print_results(made, console)
+    assert f"warning: {TASKS[0]}: CIDEr of [one] image" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_gen_kwargs() -> None:

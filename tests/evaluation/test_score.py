@@ -131,6 +131,7 @@ def test_categories_and_clusters() -> None:
     plain, pairs = (4 / 3) / 30, 2 * (4 / 9 + 1 / 9 + 1 / 9) / 36
     assert score.stderr == pytest.approx(100 * (plain + pairs) ** 0.5)
     assert json.loads(json.dumps(score.summary()))["missing"] == 3
+    assert json.loads(json.dumps(score.summary()))["warnings"] == list(score.warnings) != []
 
 
 def test_one_question_has_no_standard_error() -> None:
@@ -154,6 +155,7 @@ ANSWER = {"question_id": 34651, "text": "california"}
             [{**ANSWER, "question_id": "ef00f12063be7b07", "prompt": "Why?"}],
             "line 1.*not in the annotation file",
         ),
+        ([{**ANSWER, "question_id": 1.0}], r"line 1: its id should be a whole number or a text, found 1\.0"),
         ([{"text": "a"}, ANSWER], r"line 1: it has no 'question_id'\n.*Found: text"),
         ([{"question_id": 34651}], "line 1, question_id 34651: expected one of 'text', .* found none"),
         ([{**ANSWER, "answer": "b"}], "found text and answer"),

@@ -104,6 +104,7 @@ class TaskScore:
             **({} if self.lenient is None else {"lenient": self.lenient}),
             "by_category": self.by_category,
             **({"also": self.also} if self.also else {}),
+            **({"warnings": list(self.warnings)} if self.warnings else {}),
         }
 
 

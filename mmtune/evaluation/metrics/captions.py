@@ -39,6 +39,7 @@ def _tokenise(caption: str) -> Words:
 
 
 def python_tokens(captions: tuple[str, ...]) -> list[Words]:
+    """Each text as words by our own tokeniser, after Stanford's PTBTokenizer (metrics/ptb.py)."""
     return [_tokenise(caption) for caption in captions]
 
 

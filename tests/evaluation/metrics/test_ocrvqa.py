@@ -70,6 +70,18 @@ def test_a_sample_is_drawn_by_ids_and_seed_alone(tmp_path: Path) -> None:
     assert [question.id for question in ocrvqa.read(path, sample=3)] == ["18_2", "23_3", "26_1"]
 
 
+def test_predictions_on_the_whole_split(tmp_path: Path) -> None:
+    """The task that draws 2,000 says so and names the one that does not."""
+    book = {"imageURL": "x.jpg", "questions": ["Who?"] * 5, "answers": ["I"] * 5, "split": 3}
+    path = written(tmp_path, {str(i): book for i in range(401)})
+    said = [{"question_id": f"{i}_{j}", "text": "i"} for i in range(401) for j in range(5)]
+    answers = written(tmp_path, said, "answers.jsonl")
+    with pytest.raises(UserError, match=r"among the 2000 that task ocrvqa draws(.|\n)*ocrvqa_full"):
+        score_file(load_protocol("ocrvqa").for_split("test"), answers, path)
+    score = score_file(load_protocol("ocrvqa_full").for_split("test"), answers, path)
+    assert (score.score, score.n, score.missing) == (100, 2005, 0)
+
+
 CONVERTED = [
     {"question_id": 5, "image": "5.jpg", "text": "Who?", "answer": "I"},
     {"question_id": 5, "image": "5.jpg", "text": "What title?", "answer": "No"},

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -188,11 +189,7 @@ class EvaluateOptions:
     kl: bool = False
 
     def check(self, fault: Report) -> None:
-        for i, scale in enumerate(self.scales):
-            if not 0 <= scale <= 1:
-                fault(f"scales.{i}", f"expected 0 to 1, found {scale}", "0 is the base, 1 the tuned model.")
-            if scale in self.scales[:i]:
-                fault(f"scales.{i}", f"{scale} is given twice")
+        check_scales(self.scales, fault)
         for name in ("batch_size", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -262,6 +259,15 @@ class RunOptions:
             return self.stages
         assert self.data and self.train and self.tune
         return [Stage(self.data, self.train, self.tune, self.replay, self.kl)]
+
+
+def check_scales(scales: Sequence[float], fault: Report) -> None:
+    """Reports those that are no part of the way from the base, and those given twice."""
+    for i, scale in enumerate(scales):
+        if not 0 <= scale <= 1:
+            fault(f"scales.{i}", f"expected 0 to 1, found {scale}", "0 is the base, 1 the tuned model.")
+        if scale in scales[:i]:
+            fault(f"scales.{i}", f"{scale} is given twice")
 
 
 def check_name(name: str, fault: Report) -> None:

@@ -27,7 +27,7 @@ from mmtune.core.files import writing
 from mmtune.evaluation.metrics.base import some
 from mmtune.evaluation.protocol import Suite, load_suite
 from mmtune.parts.fingerprint import model_hash, start_hash
-from mmtune.run import RunOptions, check_name, deciding, read_run
+from mmtune.run import RunOptions, check_name, check_scales, deciding, read_run
 from mmtune.training.signals import Signals
 
 OWN = ("base", "logs", "report")  # what a sweep's folder holds beside its runs
@@ -44,7 +44,8 @@ class SweepOptions:
     seeds: each run once with every one of them, its name ending in _sN.
 
     choose: the best is the run, or the mean over its seeds, with the highest such number on `split` of
-    `suite`; never on test. attribution: evaluates again with each trained part put back as in the base.
+    `suite`; never on test. attribution, scales and kl are as in a run's own `evaluate`, which a sweep leaves
+    aside: all its runs are measured in the one way that stands here.
     jobs: so many runs at a time, in processes of their own, which share the cores.
     """
 
@@ -58,6 +59,8 @@ class SweepOptions:
     split: str = "val"
     choose: Literal["source", "target", "mean", "harmonic_mean"] | None = None
     attribution: bool = False
+    scales: list[float] = field(default_factory=list)
+    kl: bool = False
     batch_size: int = 100
     jobs: int = 1
     output: Path = Path("runs")
@@ -76,6 +79,7 @@ class SweepOptions:
         for name in ("jobs", "batch_size"):
             if getattr(self, name) < 1:
                 fault(name, f"expected 1 or more, found {getattr(self, name)}")
+        check_scales(self.scales, fault)
         if self.choose and self.split == "test":
             fault("split", "a choice made on test leaves nothing to test it on", "Choose on val.")
 
@@ -181,9 +185,9 @@ def _check_bases(runs: list[RunOptions], options: SweepOptions) -> None:
         if start not in (None, base):
             what = f"it starts from model {start} ({run.model.base}), but the sweep's base is model {base}"
             faults.append(Fault(what, run.name, f"Give both the same model: {options.base}, or the run's."))
-        if start is None and options.attribution:
-            what = "there is no base model whose parts could be put back"
-            mend = "Start it from model.base alone, or leave the sweep's attribution out."
+        if start is None and (options.attribution or options.scales or options.kl):
+            what = "there is no base model whose parts could be put back, or that it could be held against"
+            mend = "Start it from model.base alone, or leave the sweep's attribution, scales and kl out."
             faults.append(Fault(what, run.name, mend))
     if faults:
         raise UserError.of(faults)
@@ -203,6 +207,8 @@ def _run_one(run: RunOptions, options: SweepOptions, suite: Suite, signals: Sign
         run.folder,
         options.split,
         options.attribution,
+        options.scales,
+        options.kl,
         batch_size=options.batch_size,
     )
 

@@ -16,7 +16,7 @@ import yaml
 
 from mmtune.cli import main
 from mmtune.core.errors import UserError
-from mmtune.experiments.sweep import read_sweep, without_copies
+from mmtune.experiments.sweep import read_sweep, run_sweep, without_copies
 from tests.world import FULL, LORA, run_file
 
 
@@ -193,6 +193,15 @@ def test_runs_that_the_report_would_refuse_are_told_of_first(
     assert main(["sweep", str(sweep_file(world, place, {}, runs=runs, attribution=True))]) == 2
     assert "no base model whose parts could be put back" in capsys.readouterr().err
     assert not (place / "runs" / "grid" / "base").exists()
+
+
+def test_the_way_from_the_base_and_the_kl_are_measured_too(world: Path, place: Path) -> None:
+    path = sweep_file(world, place, {"seed": [0]}, scales=[0.5], kl=True)
+    (group,) = run_sweep(path)["groups"]
+    assert [each["scale"] for each in group["scales"]] == [0.5]
+    assert group["kl"]["tiny_colour"]["mean"] >= 0
+    with pytest.raises(UserError, match="expected 0 to 1, found 2"):
+        read_sweep(sweep_file(world, place, {"seed": [0]}, scales=[2]))
 
 
 def test_one_after_the_other_a_failure_stops_no_other(

@@ -157,7 +157,7 @@ def test_the_hash_is_of_what_decides_the_result(tmp_path: Path, run: dict[str, A
         ("evaluate.batch_size=0", "evaluate.batch_size: expected 1 or more, found 0"),
         ("evaluate.limit=-1", "evaluate.limit: expected 1 or more, found -1"),
         ("evaluate.dtype=float16", "evaluate.dtype: expected one of float32, bfloat16"),
-        ("evaluate.attribution=true", "evaluate.attribution: there is no base model whose parts could be"),
+        ("evaluate.attribution=true", "evaluate.attribution: there is no base model to go back to"),
         ("tune.vision.tuner=frozn", "Did you mean 'frozen'?"),
         ("model.vision.tower=clib", "Did you mean 'clip'?"),
         ("model.language=null", "neither 'base' nor 'language' is given"),

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -23,8 +23,8 @@ from rich.table import Table
 
 from mmtune.core import processes
 from mmtune.core.config import to_dict
-from mmtune.core.errors import UserError
-from mmtune.core.files import alone_in, read_json, write_json, write_text, writing
+from mmtune.core.errors import Fault, UserError
+from mmtune.core.files import alone_in, inside, read_json, write_json, write_text, writing
 from mmtune.core.table import nearest
 from mmtune.core.versions import versions
 from mmtune.evaluation.divergence import SAME, add_kl
@@ -35,6 +35,18 @@ from mmtune.evaluation.results import run_header, sample_rows, samples_hash, tas
 from mmtune.evaluation.score import score_predictions
 from mmtune.evaluation.unfinished import Unfinished
 from mmtune.parts.fingerprint import changed_parts, model_hash
+
+if TYPE_CHECKING:
+    from mmtune.parts.model import VisionLanguageModel
+
+
+class Asked(NamedTuple):
+    """A task as it is asked: its questions, of `held` that the file has, and the folder of their pictures."""
+
+    protocol: Protocol
+    questions: list[Question]
+    held: int
+    images: Path
 
 
 def evaluate(
@@ -58,48 +70,26 @@ def evaluate(
 ) -> dict[str, Any]:
     """Writes `results.json` and, for each task, `samples_TASK.jsonl` (or only the answers) to `output`.
 
-    Every annotation file is read before the model is loaded. split: of every task; by default each has its
-    own reporting split. limit: the first so many questions of each task. seed: stamped, no more, for
-    decoding is greedy. skip_done: where `output` holds these results of this very model already, they are
-    returned. restore: a part that is put back as it is in `base`, the model folder that this one was trained
-    from (by default where its run says). scale: only this part of the way from `base` to the model, 0 to 1.
-    decode: `generate` or `likelihood`, instead of what the protocols say. question_files: task -> LLaVA's
-    question file, whose prompts replace the protocol's. Among several processes all do their share, the first
-    one scores and writes, and what the others return has no scores. Raises UserError.
+    Every annotation file is read, and every picture looked for, before the model is loaded. split: of every
+    task; by default each has its own reporting split. limit: the first so many questions of each task. seed:
+    stamped, no more, for decoding is greedy. skip_done: where `output` holds these results of this very model
+    already, they are returned. restore: a part that is put back as it is in `base`, the model folder that
+    this one was trained from (by default where its run says). scale: only this part of the way from `base` to
+    the model, 0 to 1. decode: `generate` or `likelihood`, instead of what the protocols say. question_files:
+    task -> LLaVA's question file, whose prompts replace the protocol's. Among several processes all do their
+    share, the first one scores and writes, and what the others return has no scores. Raises UserError.
     """
     if base is not None and restore is None and scale is None:
         raise UserError("a base is given, but nothing to do with it", mend="Give --restore, --scale or --kl.")
     if restore is not None and scale is not None:
         raise UserError("--restore and --scale exclude each other", mend="Give one of the two.")
-    protocols = [load_protocol(task) for task in tasks]
-    names = [protocol.task for protocol in protocols]
-    for task in question_files or {}:
-        if task not in names:
-            raise UserError(
-                f"task '{task}' is not among the tasks", where="--question_file", mend=nearest(task, names)
-            )
-    if question_files:
-        protocols = [
-            p.asked_by(question_files[p.task], split) if p.task in question_files else p for p in protocols
-        ]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(f"tasks are given twice: {some(twice)}", mend="Name each task once.")
     if output.exists() and not output.is_dir():
         raise UserError(
             "this is a file, no folder for results", where=output, mend="Give another --output_path."
         )
     began = time.perf_counter()
-    if decode is not None:
-        protocols = [replace(protocol, decode=decode) for protocol in protocols]  # type: ignore[arg-type]
-    asked = []
-    for protocol in protocols:
-        every, _ = protocol.questions(split, root)
-        asked.append((protocol, every[:limit], len(every)))
-        warning = protocol.other_count(split or protocol.report_split, len(every))
-        if warning and processes.rank() == 0:
-            print(f"mmtune: warning: {warning}", file=sys.stderr)
-    _check_choices(asked)
+    protocols = _protocols(tasks, split, decode, question_files or {})
+    asked = _read_all(protocols, split, root, limit)
     if restore is not None:
         base = find_base(model_folder, base)
         check_restorable(model_folder, restore, base)
@@ -115,7 +105,7 @@ def evaluate(
             for p in protocols
             if p.question_files
         },
-        "images": {p.task: str(((root or p.root) / p.images).resolve()) for p in protocols},
+        "images": {each.protocol.task: str(each.images.resolve()) for each in asked},
         "model": str(model_folder),
         "model_hash": model_hash(model_folder),
         "restored": restore,
@@ -145,7 +135,7 @@ def evaluate(
             print(f"already done: {output / 'results.json'}")
         return earlier
 
-    from mmtune.evaluation.generate import answer_in_batches, best_device, changed_alone
+    from mmtune.evaluation.generate import answer_in_batches, best_device
     from mmtune.evaluation.variant import load_variant
 
     first = processes.rank() == 0
@@ -155,40 +145,34 @@ def evaluate(
         made["config"]["device"] = best_device().type
         model = None
         measured = first and dtype != "float32" and batch_size > 1  # in fp32 the batch size changes no answer
-        if measured or any(q.id not in kept[p.task].done for p, questions, _ in asked for q in questions):
+        if measured or any(
+            q.id not in kept[each.protocol.task].done for each in asked for q in each.questions
+        ):
             model = load_variant(model_folder, dtype, restore, base, scale)
         # Gone before the first samples are replaced, back after the last: the two never belong to two models.
         if first:
             with writing(output / "results.json", "removed"):
                 (output / "results.json").unlink(missing_ok=True)
-        for number, (protocol, questions, count) in enumerate(asked, start=1):
-            answers = kept[protocol.task]
-            images = (root or protocol.root) / protocol.images
-            name = f"{protocol.task} ({number} of {len(asked)})" if len(asked) > 1 else protocol.task
+        for number, each in enumerate(asked, start=1):
+            task = each.protocol.task
             if model is not None:
-                batches = answer_in_batches(
-                    model, protocol, questions, images, batch_size, max_new_tokens, answers.done, name
-                )
-                with answers:
+                name = f"{task} ({number} of {len(asked)})" if len(asked) > 1 else task
+                what = (each.protocol, each.questions, each.images)
+                batches = answer_in_batches(model, *what, batch_size, max_new_tokens, kept[task].done, name)
+                with kept[task]:
                     for rows in batches:
-                        answers.add(rows)
+                        kept[task].add(rows)
             processes.wait()
             if first:
-                said = answers.read()
-                _check_all_said(questions, said, protocol, output)
+                said = kept[task].read()
+                _check_all_said(each, said, output)
                 if measured and model is not None:
-                    texts = {name: row["text"] for name, row in said.items()}
-                    found = changed_alone(model, protocol, questions, images, texts, max_new_tokens)
-                    made.setdefault("changed_alone", {})[protocol.task] = found
-                    print(
-                        f"{protocol.task}: asked again one at a time in {dtype}, {found['changed']} of "
-                        f"{found['asked']} answers changed",
-                        file=sys.stderr,
-                        flush=True,
+                    made.setdefault("changed_alone", {})[task] = _changed(
+                        model, each, said, max_new_tokens, dtype
                     )
-                rows = _scored(made, protocol, questions, said, count, predict_only)
+                rows = _scored(made, each, said, predict_only)
                 lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                write_text(output / f"samples_{protocol.task}.jsonl", lines)
+                write_text(output / f"samples_{task}.jsonl", lines)
         made["total_evaluation_time_seconds"] = f"{time.perf_counter() - began:.1f}"
         if first:
             if not predict_only:
@@ -235,31 +219,96 @@ def evaluate_suite(
     return made
 
 
-def _check_choices(asked: Sequence[tuple[Protocol, Sequence[Question], int]]) -> None:
-    """Raises UserError with every task that is to be decided by likelihood and asks without choices."""
-    faults = []
-    for protocol, questions, _ in asked:
-        if protocol.decode == "likelihood":
-            without = next((question for question in questions if not question.choices), None)
-            try:
-                if without is not None:
-                    protocol.candidates(without)
-            except UserError as error:
-                faults += error.faults
+def _protocols(
+    tasks: Sequence[str], split: str | None, decode: str | None, question_files: Mapping[str, Path]
+) -> list[Protocol]:
+    """The tasks' protocols, with what the command says instead. Raises UserError."""
+    protocols = [load_protocol(task) for task in tasks]
+    names = [protocol.task for protocol in protocols]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"tasks are given twice: {some(twice)}", mend="Name each task once.")
+    for task in question_files:
+        if task not in names:
+            raise UserError(
+                f"task '{task}' is not among the tasks", where="--question_file", mend=nearest(task, names)
+            )
+    protocols = [
+        p.asked_by(question_files[p.task], split) if p.task in question_files else p for p in protocols
+    ]
+    if decode is not None:
+        protocols = [replace(protocol, decode=decode) for protocol in protocols]  # type: ignore[arg-type]
+    return protocols
+
+
+def _read_all(
+    protocols: Sequence[Protocol], split: str | None, root: Path | None, limit: int | None
+) -> list[Asked]:
+    """What each task asks. Raises UserError with every task whose pictures or options are not all there."""
+    asked = []
+    for protocol in protocols:
+        every, _ = protocol.questions(split, root)
+        images = (root or protocol.root) / protocol.images
+        asked.append(Asked(protocol, every[:limit], len(every), images))
+        warning = protocol.other_count(split or protocol.report_split, len(every))
+        if warning and processes.rank() == 0:
+            print(f"mmtune: warning: {warning}", file=sys.stderr)
+    faults = [fault for each in asked for fault in (*_choices_missing(each), *_pictures_missing(each))]
     if faults:
         raise UserError.of(faults)
+    return asked
 
 
-def _check_all_said(
-    questions: Sequence[Question], said: Mapping[str, Any], protocol: Protocol, output: Path
-) -> None:
-    without = [question.id for question in questions if question.id not in said]
+def _choices_missing(asked: Asked) -> Sequence[Fault]:
+    """The first question without choices, where likelihood is to decide between them."""
+    without = next((question for question in asked.questions if not question.choices), None)
+    if asked.protocol.decode == "likelihood" and without is not None:
+        try:
+            asked.protocol.candidates(without)
+        except UserError as error:
+            return error.faults
+    return []
+
+
+def _pictures_missing(asked: Asked) -> list[Fault]:
+    names = dict.fromkeys(image for question in asked.questions for image in question.images)
+    missing = [name for name in names if not inside(asked.images, name).is_file()]
+    if not missing:
+        return []
+    what = f"{len(missing)} of its {len(names)} pictures are not there: {some(missing)}"
+    mend = "Where do the pictures lie? Put them there, or say --data_root DIR."
+    return [Fault(what, f"task {asked.protocol.task}, {asked.images}", mend)]
+
+
+def _check_all_said(asked: Asked, said: Mapping[str, Any], output: Path) -> None:
+    without = [question.id for question in asked.questions if question.id not in said]
     if without:
         raise UserError(
-            f"task {protocol.task}: {len(without)} answers were made and are not here: {some(without)}",
+            f"task {asked.protocol.task}: {len(without)} answers were made and are not here: {some(without)}",
             where=output,
             mend="All processes have to write to one folder, and nobody may remove files from it.",
         )
+
+
+def _changed(
+    model: VisionLanguageModel,
+    asked: Asked,
+    said: Mapping[str, dict[str, Any]],
+    max_new_tokens: int | None,
+    dtype: str,
+) -> dict[str, int]:
+    """How many of some answers change where their question is asked alone: in the results, and said."""
+    from mmtune.evaluation.generate import changed_alone
+
+    texts = {name: row["text"] for name, row in said.items()}
+    found = changed_alone(model, asked.protocol, asked.questions, asked.images, texts, max_new_tokens)
+    print(
+        f"{asked.protocol.task}: asked again one at a time in {dtype}, {found['changed']} of "
+        f"{found['asked']} answers changed",
+        file=sys.stderr,
+        flush=True,
+    )
+    return found
 
 
 def _decides(made: dict[str, Any], protocol: Protocol) -> dict[str, Any]:
@@ -278,14 +327,10 @@ def _decides(made: dict[str, Any], protocol: Protocol) -> dict[str, Any]:
 
 
 def _scored(
-    made: dict[str, Any],
-    protocol: Protocol,
-    questions: Sequence[Question],
-    said: dict[str, dict[str, Any]],
-    count: int,
-    predict_only: bool,
+    made: dict[str, Any], asked: Asked, said: dict[str, dict[str, Any]], predict_only: bool
 ) -> list[dict[str, Any]]:
-    """The rows of a task's samples; its score goes into `made`. count: how many questions the file holds."""
+    """The rows of a task's samples; its score goes into `made`."""
+    protocol, questions = asked.protocol, asked.questions
     prompts = {question.id: protocol.turns(question)[0].text for question in questions}
     if predict_only:
         rows = [{"question_id": q.id, "prompt": prompts[q.id], "text": said[q.id]["text"]} for q in questions]
@@ -294,7 +339,7 @@ def _scored(
         rows = sample_rows(questions, score, prompts)
         made["results"][protocol.task] = task_row(score)
         made["higher_is_better"][protocol.task] = {score.metric: True}
-        made["n-samples"][protocol.task] = {"original": count, "effective": len(questions)}
+        made["n-samples"][protocol.task] = {"original": asked.held, "effective": len(questions)}
         made["task_hashes"][protocol.task] = samples_hash(rows)
     numbers = ("loglikelihood", "loglikelihood_per_token")
     return [

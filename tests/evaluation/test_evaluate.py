@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -354,6 +355,24 @@ def test_a_suite_with_a_task_of_ones_own(place: Path) -> None:
     assert [row["prompt"].endswith("\nAnswer!") for row in rows] == [True, True]
     with pytest.raises(UserError, match="given twice: mine"):
         evaluate(Path("base"), [str(own), str(own)], place)
+
+
+def test_pictures_are_looked_for_before_the_model(place: Path) -> None:
+    """All tasks' at once, but only those that are asked."""
+    data = place / "data"
+    shutil.copytree("datasets/tiny", data)
+    for name in ("test_colour_00003", "test_shape_00002", "test_shape_00007"):
+        (data / "images" / "test" / f"{name}.png").unlink()
+    tasks = ["tiny_text", "tiny_colour", "tiny_shape"]
+    with pytest.raises(UserError) as caught:
+        evaluate(place / "no model", tasks, place / "out", root=data)
+    assert [fault.what for fault in caught.value.faults] == [
+        "1 of its 12 pictures are not there: images/test/test_colour_00003.png",
+        "2 of its 12 pictures are not there: "
+        "images/test/test_shape_00002.png, images/test/test_shape_00007.png",
+    ]
+    made = evaluate(Path("base"), tasks, place / "out", root=data, limit=2)
+    assert [row["n"] for row in made["results"].values()] == [2, 2, 2]
 
 
 def test_the_annotations_are_read_before_the_model(place: Path) -> None:

@@ -199,8 +199,9 @@ def test_a_fault_of_one_process_ends_all(place: Path) -> None:
     names = sorted(question["imageId"] for question in questions.values())
     for name in names[:-1]:
         (broken / "images" / "test" / f"{name}.png").symlink_to(data / "images" / "test" / f"{name}.png")
+    (broken / "images" / "test" / f"{names[-1]}.png").write_text("no picture")
     asked = ["eval", "--model", "base", "--tasks", "tiny_colour", "--batch_size", 1, "--data_root", broken]
     ran = two_processes(*asked, "--output_path", place / "out")
     assert ran.returncode != 0
-    assert f"{names[-1]}.png: no such picture" in ran.stderr
+    assert f"{names[-1]}.png: this picture cannot be read" in ran.stderr
     assert not (place / "out" / "results.json").exists()

@@ -54,7 +54,7 @@ def lemmatiser() -> Callable[[str], str]:
         from lemminflect import getAllLemmas, getLemma
     except ImportError:
         raise UserError(
-            "the rule 'lemmatised' needs the package lemminflect", mend='pip install "mmtune[okvqa]"'
+            "the rule 'lemmatised' needs the package lemminflect", mend="pip install lemminflect"
         ) from None
 
     def lemma(word: str) -> str:

@@ -208,5 +208,5 @@ def test_a_missing_lemmatiser_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(builtins, "__import__", without)
     okvqa.lemmatiser.cache_clear()
-    with pytest.raises(UserError, match=r"needs the package lemminflect\n.*mmtune\[okvqa\]"):
+    with pytest.raises(UserError, match=r"needs the package lemminflect\n.*pip install lemminflect"):
         okvqa.lemmatiser()

@@ -1,6 +1,7 @@
 """LLaVA's converted question files: the whole prompt of each question, in place of a protocol's own.
 
-A line is {"question_id", "image", "text", "category"}; the official answers stay in the annotation file.
+A line is {"question_id", "image", "text", "category"}, of captions {"id", "image", "text"}; the official
+answers stay in the annotation file.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def asked_from(path: Path, questions: Sequence[Question]) -> list[Question]:
     rows = []
     for line, row in read_jsonl(path):
         where = f"{path}, line {line}"
-        identity = str(field(row, "question_id", (str, int), where))
+        key = "id" if "id" in row and "question_id" not in row else "question_id"
+        identity = str(field(row, key, (str, int), where))
         where = f"{where}, question_id {identity}"
         text = field(row, "text", str, where)
         image = field(row, "image", str, where) if row.get("image") is not None else None

@@ -35,6 +35,8 @@ def test_prompts_are_matched_by_id_or_by_image_and_question(tmp_path: Path) -> N
     first, second = asked_from(by_id, [FIRST, SECOND])
     assert first == replace(FIRST, asked=texts[0], image="val/x.png")
     assert second == replace(SECOND, asked=texts[1])
+    of_captions = written(tmp_path, *({"id": i, "image": "x.jpg", "text": t} for i, t in enumerate(texts, 1)))
+    assert [q.asked for q in asked_from(of_captions, [FIRST, SECOND])] == texts
     by_image = written(tmp_path, row("x", texts[1]), row("x", texts[0]))
     assert [q.asked for q in asked_from(by_image, [FIRST, SECOND])] == texts
     numbered = written(tmp_path, row(0, texts[1], image="x.jpg"), row(1000, texts[0], image="x.jpg"))

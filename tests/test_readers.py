@@ -351,7 +351,7 @@ def samples(draw: st.DrawFn) -> Sample:
         parts = draw(st.lists(speech, min_size=1, max_size=3))
         asked = IMAGE.join(parts)
         pictures += [f"{len(pictures)}.png" for _ in range(asked.count(IMAGE))]
-        turns += [Turn("user", asked), Turn("assistant", draw(speech.filter(bool)))]
+        turns += [Turn("user", asked), Turn("assistant", draw(speech.filter(str.strip)))]
     return Sample(
         draw(st.text(st.characters(exclude_categories=["Cs"]))), tuple(map(Path, pictures)), tuple(turns)
     )

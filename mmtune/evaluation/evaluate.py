@@ -275,7 +275,7 @@ def _pictures_missing(asked: Asked) -> list[Fault]:
     missing = [name for name in names if not inside(asked.images, name).is_file()]
     if not missing:
         return []
-    what = f"{len(missing)} of its {len(names)} pictures are not there: {some(missing)}"
+    what = f"pictures that are not there ({len(missing)} of {len(names)}): {some(missing)}"
     mend = "Where do the pictures lie? Put them there, or say --data_root DIR."
     return [Fault(what, f"task {asked.protocol.task}, {asked.images}", mend)]
 

@@ -448,9 +448,9 @@ KINDS = [
     Kind(
         "a picture of a question that is missing",
         lambda b: _asked(b, {**QUESTION, "image": "no.png"}),
-        "no such picture",
+        "pictures that are not there (1 of 1)",
         "no.png",
-        "folder of the pictures",
+        "--data_root DIR",
     ),
     Kind(
         "a picture of a question elsewhere",

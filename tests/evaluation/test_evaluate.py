@@ -367,8 +367,8 @@ def test_pictures_are_looked_for_before_the_model(place: Path) -> None:
     with pytest.raises(UserError) as caught:
         evaluate(place / "no model", tasks, place / "out", root=data)
     assert [fault.what for fault in caught.value.faults] == [
-        "1 of its 12 pictures are not there: images/test/test_colour_00003.png",
-        "2 of its 12 pictures are not there: "
+        "pictures that are not there (1 of 12): images/test/test_colour_00003.png",
+        "pictures that are not there (2 of 12): "
         "images/test/test_shape_00002.png, images/test/test_shape_00007.png",
     ]
     made = evaluate(Path("base"), tasks, place / "out", root=data, limit=2)

@@ -263,16 +263,16 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _train_and_evaluate(options: argparse.Namespace, signals: Signals) -> None:
-    from mmtune.evaluation.protocol import load_protocol, load_suite
+    from mmtune.evaluation.evaluate import check_data, evaluate_suite, print_results
+    from mmtune.evaluation.protocol import load_suite
     from mmtune.run import read_run
     from mmtune.training.folder import open_run
 
     run = read_run(options.yaml, options.overrides)
     wanted = run.evaluate if run.evaluate and run.evaluate.at_end else None
     suite = load_suite(wanted.suite) if wanted else None
-    if wanted and suite:
-        for task in suite.given:  # what is missing is said now, not after hours of training
-            load_protocol(task).questions(wanted.split, wanted.root)
+    if wanted and suite:  # what is missing is said now, not after hours of training
+        check_data(suite.given, wanted.split, wanted.root, wanted.limit)
     final = run.folder / "final"
     if open_run(run, options.resume):
         print(f"already done: {final}")
@@ -283,8 +283,6 @@ def _train_and_evaluate(options: argparse.Namespace, signals: Signals) -> None:
         print(f"trained: {final}")
     if not wanted or not suite:
         return
-    from mmtune.evaluation.evaluate import evaluate_suite, print_results
-
     evaluations = evaluate_suite(
         final,
         suite,

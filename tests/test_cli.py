@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -120,7 +121,7 @@ def test_score_needs_no_torch() -> None:
     assert (found["code"], found["torch"]) == (0, False)
     official = list(official_scores().values())
     result = json.loads(said[: said.rindex("}\nmmtune: warning:") + 1])
-    assert "textvqa: 40 questions, the official val file has 5000" in said
+    assert "textvqa: 40 questions, the official val file gives 5000" in said
     assert result["expected"] == 5000
     assert result["score"] == pytest.approx(100 * sum(official) / 40)
     assert (result["task"], result["n"], result["missing"], result["rule"]) == ("textvqa", 40, 0, "m4c")
@@ -155,6 +156,8 @@ def mistakes(world: Path, empty: Path) -> dict[str, tuple[list[object], str]]:
     missing, tasks, out = empty / "missing", ["--tasks", "tiny_text"], ["--output_path", empty / "out"]
     run = run_file(world, empty, "good", train={"steps": 1})
     elsewhere = run_file(world, empty, "elsewhere", evaluate={"suite": "tiny", "root": str(missing)})
+    shutil.copytree(world / "datasets/tiny", empty / "unseen", ignore=shutil.ignore_patterns("*.png"))
+    unseen = run_file(world, empty, "unseen", evaluate={"suite": "tiny", "root": str(empty / "unseen")})
     split = run_file(world, empty, "split", evaluate={"suite": "tiny", "split": "trian"})
     suite = run_file(world, empty, "suite", evaluate={"suite": "tinny"})
     predictions, annotations = ["--predictions", SCORE[4]], ["--annotations", SCORE[6]]
@@ -168,6 +171,7 @@ def mistakes(world: Path, empty: Path) -> dict[str, tuple[list[object], str]]:
         "no pictures": (["train", run, f"data.0.image_root={missing}"], str(missing)),
         "too long": (["train", run, "train.max_length=5"], "more than max_length 5"),
         "no evaluation data": (["train", elsewhere], "no such annotation file"),
+        "no evaluation pictures": (["train", unseen], "pictures are not there"),
         "no such split": (["train", split], "has no split 'trian'"),
         "no such suite": (["train", suite], "unknown suite 'tinny'"),
         "no model": (["eval", "--model", missing, *tasks, *out], "no such folder"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -106,7 +107,8 @@ def print_generate(made: dict[str, Any], console: Console) -> None:
     """A line per task, and one for all."""
     machine, size = made["machine"], made["batch_size"]
     where = f"{machine['device']} ({machine['processor']}, {machine['threads']} threads)"
-    table = Table(title=f"{made['model']} on {where}: questions per second, alone and in batches of {size}")
+    title = f"{made['model']} on {where}: questions per second, alone and in batches of {size}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     headings = ("task", "questions", "alone", "batches", "times", "by processor time", "differ")
     for heading in (*headings, "bf16 unlike fp32", f"bf16, {size} unlike 1"):
         table.add_column(heading, justify="left" if heading == "task" else "right")

@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 
 
 class Asked(NamedTuple):
-    """A task as it is asked: its questions, of `held` that the file has, and the folder of their pictures."""
+    """A task as it is asked: its questions, of `every` one of the file, and the folder of their pictures."""
 
     protocol: Protocol
     questions: list[Question]
-    held: int
+    every: list[Question]
     images: Path
 
 
@@ -241,6 +241,11 @@ def _protocols(
     return protocols
 
 
+def check_data(tasks: Sequence[str], split: str | None, root: Path | None, limit: int | None) -> None:
+    """Raises UserError, as `evaluate` would, where annotations or pictures of the tasks are missing."""
+    _read_all(_protocols(tasks, split, None, {}), split, root, limit)
+
+
 def _read_all(
     protocols: Sequence[Protocol], split: str | None, root: Path | None, limit: int | None
 ) -> list[Asked]:
@@ -249,7 +254,7 @@ def _read_all(
     for protocol in protocols:
         every, _ = protocol.questions(split, root)
         images = (root or protocol.root) / protocol.images
-        asked.append(Asked(protocol, every[:limit], len(every), images))
+        asked.append(Asked(protocol, every[:limit], every, images))
         warning = protocol.other_count(split or protocol.report_split, len(every))
         if warning and processes.rank() == 0:
             print(f"mmtune: warning: {warning}", file=sys.stderr)
@@ -335,11 +340,12 @@ def _scored(
     if predict_only:
         rows = [{"question_id": q.id, "prompt": prompts[q.id], "text": said[q.id]["text"]} for q in questions]
     else:
-        score = score_predictions(questions, {name: row["text"] for name, row in said.items()}, protocol)
+        texts = {name: row["text"] for name, row in said.items()}
+        score = score_predictions(questions, texts, protocol, among=asked.every)
         rows = sample_rows(questions, score, prompts)
         made["results"][protocol.task] = task_row(score)
         made["higher_is_better"][protocol.task] = {score.metric: True}
-        made["n-samples"][protocol.task] = {"original": asked.held, "effective": len(questions)}
+        made["n-samples"][protocol.task] = {"original": len(asked.every), "effective": len(questions)}
         made["task_hashes"][protocol.task] = samples_hash(rows)
     numbers = ("loglikelihood", "loglikelihood_per_token")
     return [
@@ -391,6 +397,10 @@ def print_results(made: dict[str, Any], console: Console) -> None:
             f"In {made['precision']} an answer can depend on its batch. Of {asked} questions asked again one "
             f"at a time {100 * changed / asked:.1f} % were answered otherwise ({changed})."
         )
+    units = {task: row["unit"] for task, row in made["results"].items() if row.get("unit", "%") != "%"}
+    if units:
+        named = "; ".join(f"that of {task} is {unit}" for task, unit in units.items())
+        console.print(f"Scores are per cent, but {named}.", markup=False, soft_wrap=True)
     for task, result in made["results"].items():
         for warning in result.get("warnings", ()):
             console.print(f"warning: {task}: {warning}", markup=False, soft_wrap=True)

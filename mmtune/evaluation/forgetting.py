@@ -2,7 +2,7 @@
 
 Names and formulas follow the literature on forgetting (LoRASculpt, arXiv 2503.16843; Model Tailor;
 SPIDER): Source is the mean over the upstream tasks, Target over what the model was tuned on.
-Scores, drops and their errors are in points, out of 100.
+Scores, drops and their errors are in points: per cent, for captions CIDEr x 100, which has no highest.
 """
 
 from __future__ import annotations
@@ -213,6 +213,36 @@ def summary(scores: Mapping[str, float], source: Sequence[str], target: Sequence
         "harmonic_mean": harmonic_mean(kept, gained),
         "o_mean": fmean(scores[task] for task in (*source, *target)),
     }
+
+
+def unit_of(scores: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> str:
+    """What the mean score of these tasks is counted in, as an axis says it."""
+    units = {scores[task].get("unit", "%") for task in tasks}
+    if len(units) > 1:
+        return "points of different units"
+    return "points" if units == {"%"} else str(units.pop())
+
+
+def units_note(
+    scores: Mapping[str, Mapping[str, Any]], source: Sequence[str], target: Sequence[str]
+) -> str | None:
+    """What has to be said wherever scores of these tasks are averaged; None where all are percentages."""
+    units = {task: scores[task].get("unit", "%") for task in (*source, *target)}
+    others: dict[str, list[str]] = {}
+    for task, unit in units.items():
+        if unit != "%":
+            others.setdefault(unit, []).append(task)
+    if not others:
+        return None
+    note = "; ".join(f"points of {', '.join(tasks)} are {unit}" for unit, tasks in others.items())
+    mixed = [
+        name
+        for name, tasks in (("Source", source), ("Target", target), ("Mean, H-mean and O-mean", units))
+        if len({units[task] for task in tasks}) > 1
+    ]
+    if mixed:
+        note += f", those of the other sets per cent: {', '.join(mixed)} weigh unlike things"
+    return f"Units: {note}."
 
 
 def harmonic_mean(a: float, b: float) -> float:

@@ -18,7 +18,7 @@ from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
 from mmtune.core.files import replacing
-from mmtune.evaluation.forgetting import half_width, short_names
+from mmtune.evaluation.forgetting import half_width, short_names, unit_of
 
 # Okabe and Ito's palette without black, which is the base's, and yellow, which is too pale on white;
 # beside each colour a darker one of the same hue, for text.
@@ -248,8 +248,9 @@ def _frame(axes: Axes, report: dict[str, Any], inside: Sequence[Point]) -> None:
     made = report["made_with"]
     axes.set_xlim(*_limits([x for x, _ in inside]))
     axes.set_ylim(*_limits([y for _, y in inside]))
-    axes.set_xlabel(_axis_label("Source", made["source"], "upstream"), fontsize=10, color=INK)
-    axes.set_ylabel(_axis_label("Target", made["target"], "target"), fontsize=10, color=INK)
+    units = [unit_of(report["base"]["scores"], made[part]) for part in ("source", "target")]
+    axes.set_xlabel(_axis_label("Source", made["source"], "upstream", units[0]), fontsize=10, color=INK)
+    axes.set_ylabel(_axis_label("Target", made["target"], "target", units[1]), fontsize=10, color=INK)
     axes.tick_params(labelsize=9, colors=INK)
     axes.spines[["left", "bottom"]].set_color(PALE)
     axes.spines[["top", "right"]].set_visible(False)
@@ -261,10 +262,10 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
     return middle - 0.62 * span, middle + 0.62 * span
 
 
-def _axis_label(name: str, tasks: Sequence[str], kind: str) -> str:
+def _axis_label(name: str, tasks: Sequence[str], kind: str, unit: str) -> str:
     if len(tasks) == 1:
-        return f"{name}, {tasks[0]} (points)"
-    return f"{name}, mean of {_number(tasks)} {kind} sets (points)"
+        return f"{name}, {tasks[0]} ({unit})"
+    return f"{name}, mean of {_number(tasks)} {kind} sets ({unit})"
 
 
 def _place_labels(

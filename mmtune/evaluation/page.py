@@ -19,7 +19,7 @@ from markupsafe import Markup
 from mmtune.core.files import write_text
 from mmtune.evaluation.browser import TaskRows, browser_data, notes, script_json
 from mmtune.evaluation.examples import Example, plain
-from mmtune.evaluation.forgetting import ci95, half_width, mean_sd, short_names
+from mmtune.evaluation.forgetting import ci95, half_width, mean_sd, short_names, units_note
 from mmtune.evaluation.frontier import (
     frontier_legend,
     frontier_svg,
@@ -89,6 +89,7 @@ def render_page(
         short=short,
         source_names=", ".join(short[task] for task in made["source"]),
         target_names=", ".join(short[task] for task in made["target"]),
+        units=units_note(report["base"]["scores"], made["source"], made["target"]),
         title=frontier_title(report),
         legend=frontier_legend(report),
         wide=Markup(frontier_svg(report, narrow=False)),

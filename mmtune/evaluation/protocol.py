@@ -37,13 +37,14 @@ class Protocol:
     otherwise nothing, and {ocr}, the picture's OCR tokens with commas between.
     annotations: the annotation file of each split; images: the pictures' folder; both relative to the
     data's root. report_split: the split whose score is reported: the test split, or the validation split
-    where the test answers are not public. options: further arguments of the format's reader, in which
+    where the test answers are not public. An annotation file may be a folder where the format reads one.
+    options: further arguments of the format's reader, in which
     {split} is filled in. stop: strings at which a generated answer is cut; what it says from there on is
     left out. decode: `generate` asks for an answer in the model's own words, `likelihood` takes the choice
     that the model finds likeliest as the answer. options_as: what then stands for a choice, its letter or its
     text; by default its letter where the prompt shows lettered {options}. expect: how many questions the
-    official file of a split has. question_files: in place of a prompt, the file of each split that holds the
-    whole prompt of every question, as LLaVA's do, relative to the root.
+    official file of a split gives. question_files: in place of a prompt, the file of each split that holds
+    the whole prompt of every question, as LLaVA's do, relative to the root.
     """
 
     task: str
@@ -129,7 +130,7 @@ class Protocol:
         """
         split = split or self.report_split
         file = (root or self.root) / self.for_split(split).annotations[split]
-        if not file.is_file():
+        if not file.exists():
             mend = "mmtune data prepare tiny makes the tiny world." if self.task.startswith("tiny_") else ""
             raise UserError(
                 "no such annotation file",
@@ -157,18 +158,24 @@ class Protocol:
         return replace(self, prompt="", question_files={split or self.report_split: str(file.resolve())})
 
     def files(self, split: str, root: Path | None = None) -> list[Path]:
-        """What the questions of a split and their prompts are made of; the annotation file comes first."""
+        """What the questions of a split and their prompts are made of, the annotations first."""
         filled = self.for_split(split)
         annotations = (root or self.root) / self.annotations[split]
         scorer = FORMATS.load(self.format)
         beside = scorer.files(annotations, **filled.options) if hasattr(scorer, "files") else []
-        return [annotations, *beside, *([self.question_file(split, root)] if self.question_files else [])]
+        problems = sorted(
+            annotations.rglob("*.json")
+        )  # where the annotations are a folder, as IconQA's may be
+        own = problems if annotations.is_dir() else [annotations]
+        return [*own, *beside, *([self.question_file(split, root)] if self.question_files else [])]
 
     def other_count(self, split: str, n: int) -> str | None:
         """A warning where `n` is not the number of questions that the split's official file has."""
         expected = self.expect.get(split, n)
         return (
-            None if n == expected else f"{self.task}: {n} questions, the official {split} file has {expected}"
+            None
+            if n == expected
+            else f"{self.task}: {n} questions, the official {split} file gives {expected}"
         )
 
     def turns(self, question: Question) -> list[Turn]:

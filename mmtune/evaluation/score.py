@@ -116,11 +116,13 @@ def score_predictions(
     predictions: Mapping[str, str],
     protocol: Protocol,
     rule: str | None = None,
+    among: Sequence[Question] | None = None,
 ) -> TaskScore:
     """The score of `predictions` (question id -> text) over all `questions`.
 
-    Missing predictions count as wrong. Raises UserError for an id that is no question's, and where there
-    are no questions.
+    among: all questions of the file, where only some are asked: a word of a caption is as rare as it is in
+    the references of all. Missing predictions count as wrong. Raises UserError for an id that is no
+    question's, and where there are no questions.
     """
     name, found = find_rule(protocol, rule)
     if not questions:
@@ -133,7 +135,7 @@ def score_predictions(
             f"predictions for ids that are not in the annotation file: {some(sorted(unknown))}",
             mend="Score against the file that the predictions were made for.",
         )
-    score = found.prepare(questions, predictions) if isinstance(found, OverAll) else found
+    score = found.prepare(among or questions, predictions) if isinstance(found, OverAll) else found
     per_question: list[dict[str, Any]] = [
         {
             "question_id": question.id,
@@ -154,7 +156,7 @@ def score_predictions(
         share = f"{len(missing)} of {len(questions)}"
         warnings.append(f"{share} questions have no prediction and count as wrong: {some(missing)}")
     if hasattr(scorer, "warn"):
-        warnings += scorer.warn(questions, predictions)
+        warnings += scorer.warn(among or questions, predictions)
     return TaskScore(
         task=protocol.task,
         rule=name,

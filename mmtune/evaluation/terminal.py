@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmtune.evaluation.forgetting import half_width, short_names
+from mmtune.evaluation.forgetting import half_width, short_names, units_note
 
 HEADINGS = {
     "language_off": "language put back",
@@ -231,8 +231,8 @@ def _notes(report: dict[str, Any], short: Mapping[str, str]) -> list[Text]:
         "change of this size is found (p < 0.05 before Holm) four times in five. All of it is about these "
         "very models, their scores averaged over seeds; nothing about seeds."
     )
-    if len({row["unit"] for row in base["scores"].values()}) > 1:
-        notes.append("The sets' points are of different units (below): a mean of them weighs unlike things.")
+    units = units_note(base["scores"], made["source"], made["target"])
+    notes += [units] if units else []
     notes.append(
         "Lost, knowledge: what a lenient reader misses too; format: what he regains, the rest of the drop "
         "(-: no lenient score, as of captions)."

@@ -383,6 +383,31 @@ def test_the_annotations_are_read_before_the_model(place: Path) -> None:
     assert list(place.iterdir()) == []
 
 
+def test_of_some_images_a_caption_is_scored_as_of_all(place: Path) -> None:
+    """CIDEr weighs a word by its rarity in the references of the whole file, also under --limit."""
+    pictures = Path("datasets/tiny/images/test").resolve()
+    images = [{"id": i, "file_name": path.name} for i, path in enumerate(sorted(pictures.iterdir())[:4])]
+    (place / "mine.yaml").write_text(
+        "{task: mine, about: '', format: captions, rule: cider, prompt: Say it., max_new_tokens: 8, "
+        f"root: {place}, annotations: {{test: captions.json}}, images: {pictures}}}"
+    )
+
+    def written(captions: list[str]) -> None:
+        rows = [{"image_id": i, "caption": caption} for i, caption in enumerate(captions)]
+        (place / "captions.json").write_text(json.dumps({"images": images, "annotations": rows}))
+
+    mine = [str(place / "mine.yaml")]
+    written(["a cat"] * 4)
+    evaluate(Path("base"), mine, place / "first", predict_only=True)
+    said = [row["text"] for row in samples(place / "first", "mine")]
+    written([*said[:2], "a cat", "a dog"])
+    evaluate(Path("base"), mine, place / "all")
+    evaluate(Path("base"), mine, place / "some", limit=2)
+    scores = [row["score"] for row in samples(place / "all", "mine")[:2]]
+    assert min(scores) > 0
+    assert [row["score"] for row in samples(place / "some", "mine")] == scores
+
+
 def test_the_table_has_a_line_per_task(place: Path) -> None:
     made = evaluate(Path("base"), TASKS, place, limit=2)
     console = Console(file=StringIO(), width=100)
@@ -392,9 +417,11 @@ def test_the_table_has_a_line_per_task(place: Path) -> None:
         (line,) = [line for line in printed.splitlines() if task in line]
         assert f"{made['results'][task]['score']:.2f}" in line
         assert made["results"][task]["rule"] in line
-    assert "warning" not in printed
+    assert "warning" not in printed and "per cent" not in printed
+    made["results"][TASKS[0]]["unit"] = "CIDEr x 100"
     made["results"][TASKS[0]]["warnings"] = ["CIDEr of [one] image"]
     print_results(made, console)
+    assert f"per cent, but that of {TASKS[0]} is CIDEr x 100." in console.file.getvalue()  # type: ignore[attr-defined]
     assert f"warning: {TASKS[0]}: CIDEr of [one] image" in console.file.getvalue()  # type: ignore[attr-defined]
 
 

@@ -202,6 +202,8 @@ def test_a_set_of_captions_is_not_out_of_a_hundred(made: tuple[dict[str, Any], s
     text = words(Elements(page))
     assert len(re.findall(r"\d+ lost, \d+ won", text)) == (len(SOURCE) - 1) * len(report["groups"])
     assert "200 questions, CIDEr x 100" in text and "but where a unit is given" in text
+    assert "Source, Mean, H-mean and O-mean weigh unlike things" in text
+    assert "weigh unlike things" not in made[1]
     assert text.count("right: a cat") == 1  # of the set that is no caption
     widths = [
         float(width) for width in re.findall(r'<rect class="(?:star|fill-\d)"[^>]* width="([\d.]+)%"', page)

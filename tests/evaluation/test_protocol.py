@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from mmtune.core.files import share
 from mmtune.evaluation.metrics.base import Question
 from mmtune.evaluation.protocol import load_protocol, load_suite, task_names
 
+DOCS = Path(__file__).parents[2] / "docs"
 QUESTION = Question(
     "7", "How many?", ("two",), "test/choose_txt/7/image.png", "7", choices=("one", "two"), ocr=("STOP", "2")
 )
@@ -25,6 +27,15 @@ def test_every_protocol_can_be_asked(task: str) -> None:
     assert turn.role == "user"
     assert turn.text.startswith("<image>\nHow many?" if "{question}" in protocol.prompt else "<image>\n")
     assert "{" not in turn.text
+
+
+@pytest.mark.parametrize("task", [name for name in task_names() if not name.startswith("tiny_")])
+def test_the_documentation_says_where_the_files_lie(task: str) -> None:
+    protocol = load_protocol(task)
+    lines = (DOCS / "benchmarks.md").read_text(encoding="utf-8").splitlines()
+    (row,) = [line for line in lines if f"`{task}`" in line and "`datasets/" in line]
+    assert f"`{protocol.root}`" in row
+    assert f"`{protocol.annotations[protocol.report_split]}`" in row
 
 
 def test_prompts_are_those_of_the_benchmarks() -> None:
@@ -120,6 +131,26 @@ def test_faults_say_what_is_known(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown suite 'tny'") as caught:
         load_suite("tny")
     assert "tiny" in str(caught.value)
+
+
+def test_a_folder_of_problems_as_annotations(world: Path, tmp_path: Path) -> None:
+    """IconQA's problem folders without problems.json; what is in each is part of the hash of the data."""
+    problem = {"question": "How many?", "choices": ["1", "2"], "answer": 1, "ques_type": "choose_txt"}
+    for pid in ("7", "12"):
+        (tmp_path / "choose_txt" / pid).mkdir(parents=True)
+        (tmp_path / "choose_txt" / pid / "data.json").write_text(json.dumps(problem))
+    protocol = replace(
+        load_protocol("iconqa_choose_txt"), annotations={"test": "choose_txt"}, images="choose_txt"
+    )
+    questions, _ = protocol.questions("test", tmp_path)
+    assert [question.image for question in questions] == ["7/image.png", "12/image.png"]
+    files = protocol.files("test", tmp_path)
+    assert [file.relative_to(tmp_path).parts[1:] for file in files] == [
+        ("12", "data.json"),
+        ("7", "data.json"),
+    ]
+    with pytest.raises(UserError, match="this is a folder"):
+        replace(load_protocol("textvqa"), annotations={"val": "choose_txt"}).questions("val", tmp_path)
 
 
 def test_a_suite_of_ones_own(tmp_path: Path) -> None:

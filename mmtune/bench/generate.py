@@ -109,7 +109,7 @@ def print_generate(made: dict[str, Any], console: Console) -> None:
     where = f"{machine['device']} ({machine['processor']}, {machine['threads']} threads)"
     title = f"{made['model']} on {where}: questions per second, alone and in batches of {size}"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    headings = ("task", "questions", "alone", "batches", "times", "by processor time", "differ")
+    headings = ("task", "asked", "alone", "batches", "times", "by CPU time", "differ")
     for heading in (*headings, "bf16 unlike fp32", f"bf16, {size} unlike 1"):
         table.add_column(heading, justify="left" if heading == "task" else "right")
     table.columns[0].no_wrap = True

@@ -245,12 +245,8 @@ class Protocol:
         described = {name: value for name, value in to_dict(self).items() if name not in indifferent}
         # Which question file it is counts, not where it lies; what is in it is in the hash of the data.
         described["question_files"] = {split: Path(file).name for split, file in self.question_files.items()}
-        for name in (
-            "stop",
-            "decode",
-            "options_as",
-            "question_files",
-        ):  # came later: hashes stay as they were
+        # These came later: where they say nothing, hashes stay as they were.
+        for name in ("stop", "decode", "options_as", "question_files"):
             if described.get(name) in ([], {}, "generate"):
                 del described[name]
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

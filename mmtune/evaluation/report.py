@@ -38,7 +38,7 @@ from mmtune.evaluation.forgetting import (
     summary,
 )
 from mmtune.evaluation.frontier import draw_frontier
-from mmtune.evaluation.metrics.base import field
+from mmtune.evaluation.metrics.base import field, some
 from mmtune.evaluation.page import write_page
 from mmtune.evaluation.provenance import made_by, prompts
 from mmtune.evaluation.scales import read_scales, scale_group, scale_rows
@@ -316,6 +316,7 @@ def _warnings(
     ]
     if base.limit is not None:
         warnings.append(f"only the first {base.limit} questions of each task were asked")
+    others: dict[str, list[str]] = {}
     for name, evaluation in {"base": base, **runs, **restored}.items():
         for task, row in evaluation.scores.items():
             if row["missing"]:
@@ -323,8 +324,11 @@ def _warnings(
                 warnings.append(f"{name}, {task}: {share} questions have no prediction and count as wrong")
         for key, value in evaluation.made_with.items():
             if value != base.made_with[key]:
-                differs = _difference(value, base.made_with[key])
-                warnings.append(f"{name} was evaluated with other {key} than the base: {differs}")
+                differs = f"other {key} than the base: {_difference(value, base.made_with[key])}"
+                others.setdefault(differs, []).append(name)
+    for differs, names in others.items():  # one line, however many were evaluated so
+        which = f"{names[0]} was" if len(names) == 1 else f"{some(names, 3)} were"
+        warnings.append(f"{which} evaluated with {differs}")
     return warnings
 
 

@@ -138,6 +138,17 @@ def test_missing_predictions_and_other_circumstances_are_warned_of(tmp_path: Pat
         assert f"WARNING: {warning}" in text
 
 
+def test_what_all_runs_share_is_warned_of_once(tmp_path: Path) -> None:
+    base, runs = base_of(tmp_path), world(tmp_path, GROUPS, seeds=(0, 1))
+    for run in runs:
+        rewrite(run / "eval" / "tiny-test" / "results.json", batch_size=100)
+    report = make_report(base, runs, TINY, "test", tmp_path / "out")
+    assert report["warnings"] == [
+        "lora_s0, lora_s1, lorasculpt_s0, ... (4 in all) were evaluated with other batch_size than the base: "
+        "100 instead of 32"
+    ]
+
+
 def test_missing_evaluations_are_answered_with_the_commands_that_make_them(tmp_path: Path) -> None:
     runs = world(tmp_path, GROUPS, seeds=(0,))
     base = tmp_path / "tiny_align"

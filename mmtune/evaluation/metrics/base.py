@@ -40,7 +40,6 @@ class Question:
     """The tokens an OCR system read in the picture; None where no file of them was given."""
     asked: str | None = None
     """The whole prompt as a question file words it; None where the protocol's prompt asks."""
-
     context: str = ""
     """What is read before the question, such as ScienceQA's hint."""
 

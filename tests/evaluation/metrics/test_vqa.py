@@ -2,16 +2,17 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmtune.core.errors import UserError
-from mmtune.evaluation.metrics import textvqa, vqa
-from mmtune.evaluation.metrics.base import Question
+from mmtune.evaluation.metrics import FORMATS, textvqa, vqa
+from mmtune.evaluation.metrics.base import Question, Rule
 
 HERE = Path(__file__).parents[2] / "data" / "textvqa"
 REAL = Path(os.environ.get("MMTUNE_REAL_DATA", "/nowhere")) / "textvqa"
@@ -139,6 +140,33 @@ def test_legacy_leaves_capitals_in_answers() -> None:
         0.0,
         1.0,
     )
+
+
+PIECES = ["Red", "red", "red.", "a red", "red ", "1,000", "two", "2", "dont", "it's", "", "😀", "A", "\u2028"]
+EVERY_RULE = {
+    f"{name}-{rule}": function
+    for name in ("textvqa", "okvqa", "vqav2", "vizwiz")
+    for rule, function in FORMATS.load(name).RULES.items()
+}
+
+
+@pytest.mark.parametrize("rule", EVERY_RULE.values(), ids=EVERY_RULE.keys())
+@given(st.lists(st.sampled_from(PIECES), min_size=10, max_size=10), st.sampled_from(PIECES), st.data())
+@settings(max_examples=40)
+def test_the_order_of_the_answers_changes_nothing(
+    rule: Rule, answers: list[str], prediction: str, data: st.DataObject
+) -> None:
+    permuted = data.draw(st.permutations(answers))
+    assert rule(question(*permuted), prediction) == pytest.approx(rule(question(*answers), prediction))
+
+
+@pytest.mark.parametrize("rule", EVERY_RULE.values(), ids=EVERY_RULE.keys())
+@pytest.mark.parametrize("piece", ["a", "A. ", ".", "1,", "(", "'", "don't ", "two ", "😀", "\n", "e\u0301"])
+def test_answers_of_100_kb(rule: Rule, piece: str) -> None:
+    asked = question(*["red"] * 5, "Blue cat", "x.", "1,000", "it's", "7")
+    began = time.process_time()
+    assert rule(asked, piece * (100_000 // len(piece.encode()))) == 0.0
+    assert time.process_time() - began < 5  # what grows with the square of the length takes minutes
 
 
 @given(st.text(), st.lists(st.text(max_size=5), min_size=10, max_size=10))

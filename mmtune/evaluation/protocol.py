@@ -141,7 +141,7 @@ class Protocol:
         if self.question_files:
             questions = asked_from(self.question_file(split, root), questions)
         for question in questions:  # what cannot be asked is said before a model is loaded
-            self.turns(question)
+            self.for_split(split).turns(question)
         return questions, file
 
     def question_file(self, split: str, root: Path | None = None) -> Path:

@@ -153,6 +153,25 @@ def test_a_folder_of_problems_as_annotations(world: Path, tmp_path: Path) -> Non
         replace(load_protocol("textvqa"), annotations={"val": "choose_txt"}).questions("val", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("task", "beside"),
+    [
+        ("iconqa_choose_txt", ["pid_splits.json"]),
+        ("scienceqa", ["pid_splits.json"]),
+        ("pope", ["coco/coco_pope_popular.json", "coco/coco_pope_adversarial.json"]),
+    ],
+)
+def test_all_files_that_decide_the_questions_are_in_the_hash_of_the_data(
+    tmp_path: Path, task: str, beside: list[str]
+) -> None:
+    protocol = load_protocol(task)
+    names = [protocol.annotations["test"], *beside]
+    for name in (*names, "else.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert protocol.files("test", tmp_path) == [tmp_path / name for name in names]
+
+
 def test_a_suite_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("name: mine\nsource: [tiny_text]\ntarget: [tiny_place]\n")

@@ -48,7 +48,9 @@ def test_the_three_lines_of_llava(tmp_path: Path) -> None:
 def test_what_is_asked_is_there_before_a_model_is_loaded(tmp_path: Path) -> None:
     asked(tmp_path, ("a", "what?"), ("b", "who?"))
     protocol = load_protocol("textvqa_ocr")
-    with pytest.raises(UserError, match=r"its picture has no OCR tokens\n +Put TextVQA_Rosetta_OCR_v0\.2_"):
+    with pytest.raises(
+        UserError, match=r"its picture has no OCR tokens\n +Put TextVQA_Rosetta_OCR_v0\.2_val\.json "
+    ):
         protocol.questions("val", tmp_path)
     written(tmp_path, {"a": ["x"]})
     with pytest.raises(UserError, match=r"Rosetta_OCR_v0\.2_val\.json: no OCR tokens of images: b\n"):

@@ -9,6 +9,7 @@ normaliser, which takes the letter A for an article and deletes it.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -151,6 +152,19 @@ def read(path: Path, task: str = "choose_txt", split: str = "test") -> list[Ques
             )
         )
     return checked(questions, path)
+
+
+def files(path: Path, **_: object) -> list[Path]:
+    """What is read beside problems.json and decides which questions are asked."""
+    splits = path.with_name("pid_splits.json")
+    return [splits] if path.is_file() and splits.is_file() else []
+
+
+def warn(questions: Sequence[Question], predictions: Mapping[str, str]) -> list[str]:
+    """What is missing in the breakdown."""
+    if any(question.category for question in questions):
+        return []
+    return ["there is no pid2skills.json beside the problems, so no breakdown by skill"]
 
 
 def _read_folders(path: Path, task: str) -> list[Question]:

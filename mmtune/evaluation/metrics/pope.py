@@ -117,6 +117,22 @@ def read(path: Path, categories: Sequence[str] = CATEGORIES) -> list[Question]:
     return checked(questions, path)
 
 
+def files(path: Path, categories: Sequence[str] = CATEGORIES, **_: object) -> list[Path]:
+    """What is read beside `path`: the other categories; beside LLaVA's question file all that label it."""
+    named = [name for name in CATEGORIES if name in path.name]
+    if len(named) == 1:
+        others = [path.with_name(path.name.replace(named[0], category)) for category in categories]
+    else:
+        others = [_labels(path, category) for category in CATEGORIES]
+    return [file for file in others if file != path and file.is_file()]
+
+
+def _labels(path: Path, category: str) -> Path:
+    """The official file of a category: beside LLaVA's question file, or in the folder coco."""
+    file = path.with_name(f"coco_pope_{category}.json")
+    return file if file.is_file() else path.parent / "coco" / file.name
+
+
 def _question(row: dict[str, Any], identity: str, category: str, where: str) -> Question:
     label = field(row, "label", str, where)
     if label not in ("yes", "no"):
@@ -141,8 +157,7 @@ def _of_llava(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> list[Qu
         if category not in CATEGORIES:
             raise UserError(f"unknown category '{category}'", where=where, mend="Is it POPE's file?")
         if category not in unasked:
-            file = path.with_name(f"coco_pope_{category}.json")
-            file = file if file.is_file() else path.parent / "coco" / file.name
+            file = _labels(path, category)
             unasked[category] = iter(
                 [(f"{file}, line {number}", found) for number, found in read_jsonl(file)]
             )

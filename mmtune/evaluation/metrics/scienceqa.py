@@ -82,6 +82,12 @@ def read(path: Path, split: str = "test", images_only: bool = False) -> list[Que
     return checked(questions, path)
 
 
+def files(path: Path, **_: object) -> list[Path]:
+    """What is read beside problems.json."""
+    splits = path.with_name("pid_splits.json")
+    return [splits] if splits.is_file() else []
+
+
 def _question(problem: dict[str, Any], pid: str, where: str) -> Question:
     choices = texts(problem, "choices", where)
     index = field(problem, "answer", int, where)

@@ -18,6 +18,7 @@ from mmtune.data.image import ImageTransform
 from mmtune.evaluation.metrics import iconqa
 from mmtune.evaluation.metrics.base import Question
 from mmtune.evaluation.protocol import load_protocol
+from mmtune.evaluation.score import score_predictions
 
 REAL = Path(os.environ.get("MMTUNE_REAL_DATA", "/nowhere")) / "iconqa"
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason="MMTUNE_REAL_DATA has no iconqa")
@@ -207,6 +208,16 @@ def test_official_files(tmp_path: Path) -> None:
     assert iconqa.read(path, split="minitest") == [second]
     [filled] = iconqa.read(path, task="fill_in_blank")
     assert (filled.answers, filled.choices, filled.answer_index) == (("7",), (), None)
+
+
+def test_a_breakdown_that_is_missing_is_said(tmp_path: Path) -> None:
+    questions = iconqa.read(unpacked(tmp_path))
+    assert (
+        "no pid2skills.json"
+        in score_predictions(questions, {}, load_protocol("iconqa_choose_txt")).warnings[-1]
+    )
+    (tmp_path / "pid2skills.json").write_text(json.dumps({"3": ["counting"]}))
+    assert iconqa.warn(iconqa.read(tmp_path), {}) == []
 
 
 def test_options_that_are_pictures(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def mistakes(world: Path, empty: Path) -> dict[str, tuple[list[object], str]]:
         "no pictures": (["train", run, f"data.0.image_root={missing}"], str(missing)),
         "too long": (["train", run, "train.max_length=5"], "more than max_length 5"),
         "no evaluation data": (["train", elsewhere], "no such annotation file"),
-        "no evaluation pictures": (["train", unseen], "pictures are not there"),
+        "no evaluation pictures": (["train", unseen], "pictures that are not there"),
         "no such split": (["train", split], "has no split 'trian'"),
         "no such suite": (["train", suite], "unknown suite 'tinny'"),
         "no model": (["eval", "--model", missing, *tasks, *out], "no such folder"),

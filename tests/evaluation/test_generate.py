@@ -3,14 +3,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from shutil import copyfile
+from typing import Any
 
 import pytest
 import torch
 
+from mmtune.core import processes
 from mmtune.core.errors import UserError
 from mmtune.data.image import load_image
 from mmtune.evaluation import generate
-from mmtune.evaluation.generate import generate_answers
+from mmtune.evaluation.generate import answer_in_batches, generate_answers
 from mmtune.evaluation.metrics.base import Question
 from mmtune.evaluation.protocol import load_protocol
 from mmtune.parts import VisionLanguageModel
@@ -128,3 +130,23 @@ def test_the_stop_strings_are_cut_whatever_comes_first() -> None:
     assert generate.cut("one. two\nthree", ["\n", ". "]) == "one"
     assert generate.cut("one", ["\n"]) == generate.cut("one", []) == "one"
     assert generate.cut("\none", ["\n"]) == ""
+
+
+def test_processes_share_the_batches(
+    world: Path, model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each question is one process's, and the batches are those of a single process."""
+    protocol = load_protocol("tiny_colour")
+    root = world / "datasets" / "tiny"
+    questions, _ = protocol.questions("test", root)
+
+    def batches() -> list[list[dict[str, Any]]]:
+        return list(answer_in_batches(model, protocol, questions, root, 5))
+
+    alone = batches()
+    assert len(alone) == 3
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "rank", lambda: 0)
+    assert batches() == alone[::2]
+    monkeypatch.setattr(processes, "rank", lambda: 1)
+    assert batches() == alone[1::2]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mmtune.parts.model import VisionLanguageModel
+    from mmtune.tuning.shards import Shards
 
 # The options class of each tuner; its `make()` gives the tuner itself.
 TUNERS = Table(
@@ -85,8 +86,11 @@ class Row:
 
 
 class Tuner:
-    """Trains one part. The loop calls `attach` once, `penalty` before the last backward pass of each
-    optimiser step, `after_step` after it; nothing happens between backward and step.
+    """Trains one part.
+
+    The loop calls `attach` when the model is put together, `start` once the run's length is known, and `bind`
+    once the engine has taken the model and the optimiser. In each optimiser step it calls `before_backward`
+    before the last backward pass, `after_backward` after it, and `after_step` after the optimiser.
 
     exact: the part's own weights train, so they are loaded in fp32 whatever the model's dtype.
     """
@@ -97,32 +101,48 @@ class Tuner:
         """Chooses what trains, in place. Returns the part's rows of the tuning table."""
         raise NotImplementedError
 
-    def penalty(self) -> torch.Tensor | None:
-        """The weighted penalty on this part, a scalar to add to the loss; None where there is none."""
-        return None
-
-    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Called once `step` optimiser steps are done."""
-
     def start(self, steps: int, seed: int) -> None:
         """Called once the run's length in optimiser steps is known. Raises UserError where too short.
 
         seed: the run's, for what a tuner draws at random.
         """
 
+    def bind(self, shards: Shards) -> None:
+        """Called once parameters lie where they will train; what changes gradients is put in place here."""
+
+    def before_backward(self, keep: bool = False) -> torch.Tensor | None:
+        """Makes the penalty's gradients ready, which join the task's in the backward pass that follows.
+
+        Returns this process's share of the weighted penalty, fp32, which the processes' shares add up to;
+        None where there is no penalty. keep: `gradient_norms` will be asked for.
+        """
+        return None
+
+    def after_backward(self) -> None:
+        """Called between the last backward pass of a step and the step, with the gradients unclipped."""
+
+    def gradient_norms(self) -> tuple[float, float] | None:
+        """The squared norms of the penalty's and of the task's gradient over the parameters that the penalty
+        falls on; asked for, by every process, after `after_backward`. None where there is no penalty.
+        """
+        return None
+
+    def after_step(self, step: int) -> None:
+        """Called once `step` optimiser steps are done."""
+
     def densities(self) -> dict[str, float]:
-        """What to log about sparsity."""
+        """What to log about sparsity. Every process has to call it."""
         return {}
 
     def finish(self) -> None:
         """Called after the last step. Raises RuntimeError where what was promised did not happen."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Tensors beside the weights that a resumed run needs."""
+        """Tensors beside the weights that a resumed run needs, whole."""
         return {}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Restores what `state` gave."""
+        """Restores what `state` gave, after `bind`."""
 
 
 def matching(names: Sequence[str], patterns: Sequence[str], kind: str, where: str) -> list[str]:

@@ -120,8 +120,10 @@ class TrainOptions:
     """How long, in what batches, on what schedule.
 
     batch_size: samples per optimiser step, over all processes. micro_batch_size: samples per forward
-    pass. warmup: fraction of the run. max_length: tokens, pictures included. too_long: what happens to
-    a longer sample; it is never cut.
+    pass and process; by default a process takes its share of a batch at once. warmup: fraction of the run.
+    max_length: tokens, pictures included. too_long: what happens to a longer sample; it is never cut.
+    engine: how the processes that torchrun, `accelerate launch` or `deepspeed` start share the work; what
+    comes out is the same.
     """
 
     batch_size: int
@@ -138,7 +140,7 @@ class TrainOptions:
     workers: int = 0
     activation_checkpointing: bool = False
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
-    engine: Literal["single"] = "single"
+    engine: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "single"
 
     def check(self, fault: Report) -> None:
         if (self.epochs is None) == (self.steps is None):
@@ -282,11 +284,10 @@ def read_run(path: Path, overrides: list[str] | None = None) -> RunOptions:
     return parse(RunOptions, Source(path, overrides))
 
 
-# What changes no result: names and places, how often is logged and saved, how many processes load the data,
-# and the evaluation, which says itself how it was made.
-INDIFFERENT = re.compile(
-    r"(stages\.\d+\.)?(name|train\.(log_every|workers|checkpoint\..*))|output|evaluate(\..*)?"
-)
+# What changes no result: names and places, how often is logged and saved, how the work is split, and the
+# evaluation, which says itself how it was made.
+SPLIT = "log_every|workers|engine|micro_batch_size|activation_checkpointing"
+INDIFFERENT = re.compile(rf"(stages\.\d+\.)?(name|train\.({SPLIT}|checkpoint\..*))|output|evaluate(\..*)?")
 
 
 def deciding(config: Any) -> dict[str, Any]:

@@ -16,7 +16,8 @@ data.chat data.image data.samples data.batches data.cards data.tiny data.tiny_to
 parts.spec parts.fingerprint parts.loading parts.vision.base parts.vision.clip
 parts.connector.base parts.connector.linear parts.connector.mlp
 parts.language parts.model parts.between
-tuning.shards tuning.base tuning.penalty tuning.joined tuning.frozen tuning.full tuning.lora tuning.sculpt tuning.kl
+tuning.shards tuning.base tuning.penalty tuning.joined
+tuning.frozen tuning.full tuning.lora tuning.sculpt tuning.kl
 evaluation.metrics.base evaluation.metrics.repair
 evaluation.metrics.ptb evaluation.metrics.coco_java evaluation.metrics.captions
 evaluation.metrics.vqa evaluation.metrics.textvqa evaluation.metrics.vqav2 evaluation.metrics.okvqa
@@ -37,7 +38,8 @@ evaluation.provenance evaluation.page evaluation.report
 evaluation.compare
 evaluation.sequences
 run
-training.folder training.plan training.optim training.engine training.checkpoint training.meter training.signals
+training.folder training.plan training.optim training.engine training.checkpoint
+training.meter training.signals
 training.loop training.check
 interop.lmms_eval
 experiments.sweep

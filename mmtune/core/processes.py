@@ -5,6 +5,7 @@ where they wait for each other. Alone, nothing here does anything, nor imports t
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,6 +23,12 @@ def rank() -> int:
 def count() -> int:
     """How many processes there are."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def tell(text: str) -> None:
+    """A line on stderr, once for all processes."""
+    if rank() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,9 @@ class LanguageModel(nn.Module):
             hf = AutoModelForCausalLM.from_config(made)
         return cls(hf, tokens)
 
-    def save(self, folder: Path) -> None:
-        self.hf.save_pretrained(folder, state_dict=own_weights(self.hf))
+    def save(self, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Writes model and tokenizer as transformers does. tensors: in place of the model's own."""
+        self.hf.save_pretrained(folder, state_dict=own_weights(self.hf, tensors))
         self.tokenizer.save_pretrained(folder)
 
     @property

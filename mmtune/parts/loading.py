@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,11 +115,16 @@ def refusals(where: str) -> Iterator[None]:
         ) from error
 
 
-def own_weights(part: nn.Module) -> dict[str, torch.Tensor]:
-    """The part's tensors by the names of its own format, without those of a LoRA attached to it."""
+def own_weights(
+    part: nn.Module, tensors: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """The part's tensors by the names of its own format, without those of a LoRA attached to it.
+
+    tensors: stand for the part's own, under the names of its state dict.
+    """
     return {
         name.replace(".base_layer.", "."): tensor.contiguous()
-        for name, tensor in part.state_dict().items()
+        for name, tensor in (part.state_dict() if tensors is None else tensors).items()
         if ".lora_" not in name
     }
 

@@ -157,16 +157,29 @@ class VisionLanguageModel(nn.Module):
         own = self.language.tokenizer.eos_token_id
         return [taught] if own in (None, taught) else [taught, own]
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes a model folder: what was trained, the adapters, and where everything else comes from."""
+    def own_tensors(self) -> dict[str, torch.Tensor]:
+        """What a folder of this model holds itself: parts without weights elsewhere, and adapters."""
+        held = {name for name in PARTS if getattr(self.options, name).weights is None}
+        return {
+            name: tensor
+            for name, tensor in self.state_dict(keep_vars=True).items()
+            if name.partition(".")[0] in held or ".lora_" in name
+        }
+
+    def save_pretrained(self, folder: str | Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Writes a model folder: what was trained, the adapters, and where everything else comes from.
+
+        tensors: stand for those of `own_tensors`, which an engine may have split.
+        """
         folder = Path(folder)
+        tensors = self.own_tensors() if tensors is None else tensors
         folder.mkdir(parents=True, exist_ok=True)
         described: dict[str, Any] = {"mmtune": FORMAT_VERSION}
         for name in PARTS:
             options = to_dict(getattr(self.options, name))
             options.pop("config", None)
             if options.get("weights") is None:
-                self.part(name).save(folder / name)  # type: ignore[operator]
+                self.part(name).save(folder / name, self._named_by(name, tensors))  # type: ignore[operator]
                 options.pop("tokenizer", None)
                 options["weights"] = name
                 if name == "vision":
@@ -175,10 +188,15 @@ class VisionLanguageModel(nn.Module):
                 for key in options.keys() & REFERENCES:
                     options[key] = options[key] and _relative(options[key], folder)
             if name in self.adapters:
-                _save_adapter(self.adapters[name], folder / "adapter" / name)
+                _save_adapter(self.adapters[name], folder / "adapter" / name, self._named_by(name, tensors))
                 options["adapter"] = f"adapter/{name}"
             described[name] = options
         write_json(folder / "config.json", described)
+
+    def _named_by(self, name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those of a part, by the names its core gives them."""
+        prefix = f"{name}." if self.core(name) is self.part(name) else f"{name}.hf."
+        return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
 
     def save_part(self, name: str, folder: str | Path) -> None:
         """Writes one part in its family's own format, without an adapter that was attached to it."""
@@ -327,8 +345,9 @@ def _adapters(folder: str | Path) -> dict[str, Path]:
     return {name: folder / config[name]["adapter"] for name in PARTS if "adapter" in config[name]}
 
 
-def _save_adapter(adapter: PeftModel, folder: Path) -> None:
-    adapter.save_pretrained(str(folder))
+def _save_adapter(adapter: PeftModel, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    lora = {f"base_model.model.{name}": tensor for name, tensor in tensors.items() if ".lora_" in name}
+    adapter.save_pretrained(str(folder), state_dict=lora)
     config = read_json(folder / "adapter_config.json")
     # peft keeps them in a set, whose order changes from process to process: the same model, other bytes.
     if isinstance(config["target_modules"], list):

@@ -1,86 +1,111 @@
 """Checkpoints: a model folder, and under `training/` what a resumed run needs. Safetensors and JSON only.
 
-Written under a temporary name, put on the disk and renamed, so a folder named step-N is whole; one that is
-removed loses its name first.
+What is in them is whole, however the processes shared it, so a run goes on on another engine or with
+another number of processes. Written under a temporary name, put on the disk and renamed, so a folder named
+step-N is whole; one that is removed loses its name first.
 """
 
 from __future__ import annotations
 
-import base64
 import json
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, remove_folder, replacing_folder, write_json, write_text
+from mmtune.core.processes import wait
 from mmtune.parts.fingerprint import model_hash
 from mmtune.parts.model import VisionLanguageModel
 from mmtune.tuning.base import Tuner
+from mmtune.tuning.shards import Shards
 
 
 def save_checkpoint(
     folder: Path,
     model: VisionLanguageModel,
-    optimizer: torch.optim.Optimizer,
+    shards: Shards,
     tuners: dict[str, Tuner],
     state: dict[str, Any],
 ) -> None:
-    """Writes `folder` (named step-N). `state` holds step, stage, versions and hashes; the RNGs are added.
+    """Writes `folder` (named step-N). `state` holds step, stage, versions and hashes.
 
-    Raises UserError where it cannot be written.
+    Every process has to call it; the first one writes. Raises UserError where it cannot be written.
     """
-    with replacing_folder(folder) as partial:
-        model.save_pretrained(partial)
-        training = partial / "training"
-        training.mkdir()
-        save_file(_moments(model, optimizer), training / "optimizer.safetensors")
-        tensors = {f"{part}/{name}": t for part, tuner in tuners.items() for name, t in tuner.state().items()}
-        save_file(tensors, training / "tuners.safetensors")
-        write_json(training / "state.json", {**state, "rng": _rng_state()})
+    weights = gather(model, shards)
+    moments = {
+        f"{name}/{kind}": tensor
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        for kind, tensor in shards.saved_moments(parameter).items()
+    }
+    tensors = {f"{part}/{name}": t for part, tuner in tuners.items() for name, t in tuner.state().items()}
+    if shards.rank == 0:
+        with replacing_folder(folder) as partial:
+            model.save_pretrained(partial, weights)
+            training = partial / "training"
+            training.mkdir()
+            save_file(moments, training / "optimizer.safetensors")
+            save_file(tensors, training / "tuners.safetensors")
+            write_json(training / "state.json", state)
+    wait()
 
 
-def save_model(model: VisionLanguageModel, folder: Path, trained: dict[str, Any]) -> None:
+def save_model(model: VisionLanguageModel, shards: Shards, folder: Path, trained: dict[str, Any]) -> None:
     """Writes the model a stage ends with. `trained`: what trained.json is to say beside the model's hash.
 
-    Raises UserError where it cannot be written.
+    Every process has to call it; the first one writes. Raises UserError where it cannot be written.
     """
-    with replacing_folder(folder) as partial:
-        model.save_pretrained(partial)
-        write_json(partial / "trained.json", {**trained, "model_hash": model_hash(partial)})
+    weights = gather(model, shards)
+    if shards.rank == 0:
+        with replacing_folder(folder) as partial:
+            model.save_pretrained(partial, weights)
+            write_json(partial / "trained.json", {**trained, "model_hash": model_hash(partial)})
+    wait()
 
 
-def load_checkpoint(
-    folder: Path,
-    model: VisionLanguageModel,
-    optimizer: torch.optim.Optimizer,
-    tuners: dict[str, Tuner],
-) -> dict[str, Any]:
-    """Restores weights, moments, tuner state and RNGs into an attached model. Returns the saved state.
+def gather(model: VisionLanguageModel, shards: Shards) -> dict[str, torch.Tensor]:
+    """The tensors that a model folder holds, by name in the model and whole; every process calls it."""
+    gathered: dict[nn.Parameter, torch.Tensor] = {}  # two names of one tensor stay one
+    found = {}
+    for name, tensor in model.own_tensors().items():
+        if isinstance(tensor, nn.Parameter):
+            if tensor not in gathered:
+                whole = shards.whole(tensor) if tensor.requires_grad else shards.frozen(tensor)
+                gathered[tensor] = whole.detach().cpu() if shards.rank == 0 else torch.empty(0)
+            found[name] = gathered[tensor]
+        else:
+            found[name] = tensor
+    return found
 
-    Raises UserError where a file is missing or broken.
+
+def load_weights(folder: Path, model: VisionLanguageModel) -> dict[str, Any]:
+    """Restores the weights of a model with tuners attached that no engine has taken yet; exactly, for they
+    are saved as they train. Returns the saved state. Raises UserError where a file is missing or broken.
     """
     saved = VisionLanguageModel.from_pretrained(folder)  # fp32, so that no trained weight is rounded
     model.load_state_dict(saved.state_dict())
-    training = folder / "training"
-    moments = _load(training / "optimizer.safetensors")
+    state: dict[str, Any] = read_json(folder / "training" / "state.json")
+    return state
+
+
+def load_progress(folder: Path, model: VisionLanguageModel, shards: Shards, tuners: dict[str, Tuner]) -> None:
+    """Restores moments and tuner state, once the tuners are bound. Raises UserError as `load_weights`."""
+    moments: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in _load(folder / "training/optimizer.safetensors").items():
+        name, _, kind = key.rpartition("/")
+        moments.setdefault(name, {})[kind] = tensor
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            mine = {key.rpartition("/")[2]: t for key, t in moments.items() if key.rpartition("/")[0] == name}
-            if mine:
-                optimizer.state[parameter] = mine
-    tensors = _load(training / "tuners.safetensors")
+        if parameter.requires_grad and name in moments:
+            shards.load_moments(parameter, moments[name])
+    tensors = _load(folder / "training/tuners.safetensors")
     for part, tuner in tuners.items():
         prefix = f"{part}/"
         tuner.load_state({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
-    state = read_json(training / "state.json")
-    _set_rng_state(state["rng"])
-    return state
 
 
 def newest(folder: Path, stage: int | None = None) -> Path | None:
@@ -128,38 +153,3 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
             where=file,
             mend=f"Remove {file.parents[1]} to go on from the checkpoint before it.",
         ) from None
-
-
-def _moments(model: VisionLanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}/{kind}": tensor
-        for name, parameter in model.named_parameters()
-        for kind, tensor in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _rng_state() -> dict[str, Any]:
-    version, numbers, gauss = random.getstate()
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    state = {
-        "python": [version, list(numbers), gauss],
-        "numpy": [kind, np.asarray(keys).tolist(), *rest],
-        "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = base64.b64encode(torch.cuda.get_rng_state().numpy().tobytes()).decode()
-    return state
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(_bytes(state["torch"]))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_bytes(state["cuda"]))
-
-
-def _bytes(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

@@ -3,43 +3,57 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, set_seed
+from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, remove_partials, write_json
+from mmtune.core.processes import wait
 from mmtune.core.versions import commit, versions
 from mmtune.data.batches import Batch, collate_or_error
-from mmtune.data.chat import IGNORE
 from mmtune.parts.fingerprint import start_hash
 from mmtune.parts.model import VisionLanguageModel, assemble
 from mmtune.parts.spec import PARTS, ModelOptions
 from mmtune.run import RunOptions, Stage, config_hash, data_hash
 from mmtune.training.checkpoint import (
     cut_metrics,
-    load_checkpoint,
+    load_progress,
+    load_weights,
     newest,
     prune_old,
     save_checkpoint,
     save_model,
 )
+from mmtune.training.engine import check_engine, make_engine, open_processes
 from mmtune.training.folder import check_origin, done_folders, open_run
 from mmtune.training.meter import Meter
-from mmtune.training.optim import make_optimizer, schedule_factor, set_rates
-from mmtune.training.plan import make_plan, print_tuning_table, read_examples, read_replay
+from mmtune.training.optim import check_rates, make_optimizer, schedule_factor, seed_of, set_rates
+from mmtune.training.plan import (
+    count_supervised,
+    idle_example,
+    make_plan,
+    print_tuning_table,
+    read_examples,
+    read_replay,
+    shared,
+)
 from mmtune.training.signals import Signals, leave_to_parent
 from mmtune.tuning.base import Tuner
 from mmtune.tuning.kl import Teacher
+from mmtune.tuning.shards import Shards
 
 MOST_IDS = 32  # named in one message
+SAID = {
+    "loss": "the loss",
+    "kl": "the KL to the base",
+    **{f"penalty_{part}": f"the penalty on the {part}" for part in PARTS},
+}
 
 
 def train(options: RunOptions, resume: bool = False, signals: Signals | None = None) -> Path:
@@ -48,10 +62,15 @@ def train(options: RunOptions, resume: bool = False, signals: Signals | None = N
     Each stage ends as a model folder from which the next one starts. signals: those that end the run after
     the step they come in, with a checkpoint; by default none is caught. Raises UserError where the run's
     folder already holds a run and `resume` is not given, or holds another run than this one; where a loss,
-    a gradient or a weight is no number; and where something cannot be written. Raises Interrupted.
+    a gradient or a weight is no number; where something cannot be written; and where the processes that were
+    started are not what the engine asks for. Raises Interrupted.
     """
-    open_run(options, resume)
-    remove_partials(options.folder)
+    for stage in options.all_stages():
+        check_engine(stage.train)
+    if open_processes() == 0:
+        open_run(options, resume)
+        remove_partials(options.folder)
+    wait()
     signals = signals or Signals()
     base: ModelOptions = options.model
     first_step = 0
@@ -75,23 +94,13 @@ def _train_stage(
     signals: Signals,
 ) -> int:
     folder, settings = options.folder, stage.train
-    set_seed(options.seed)
-    AcceleratorState._reset_state()  # of another run in this process, whose precision it would insist on
-    accelerator = Accelerator(
-        mixed_precision="bf16" if options.model.dtype == "bfloat16" else "no",
-        # Said here, or an environment variable would have the last word and scale the loss.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-    )
+    engine = make_engine(settings, options.model.dtype)
+    set_seed(options.seed)  # the same on every process: what is new in a model starts alike on all
     tuners = {part: getattr(stage.tune, part).make() for part in PARTS}
     exact = [part for part, tuner in tuners.items() if tuner.exact]
-    if accelerator.num_processes > 1:
-        raise UserError(
-            f"{accelerator.num_processes} processes were started, but engine 'single' is one process",
-            mend="Start mmtune without torchrun or accelerate launch.",
-        )
     # Moved before anything is attached: what a tuner keeps beside the weights lies where they lie.
-    model = assemble(base, exact).to(accelerator.device)
-    rates = _attach(model, tuners, folder, number)
+    model = assemble(base, exact).to(engine.device)
+    rates = _attach(model, tuners, folder, number, engine.rank == 0)
     teacher = Teacher(model) if stage.kl else None
     if settings.activation_checkpointing:
         for part in (model.vision, model.language):
@@ -100,6 +109,7 @@ def _train_stage(
     examples = read_examples(model.chat, stage.data, settings)
     pool, replayed = read_replay(model.chat, stage, len(examples), options.seed)
     plan = make_plan(examples, settings, options.seed, pool, replayed)
+    examples += pool
     steps = len(plan)
     for tuner in tuners.values():
         tuner.start(steps, options.seed)
@@ -117,17 +127,26 @@ def _train_stage(
     checkpoints = folder / "checkpoints"
     found = newest(checkpoints, number)
     if found is not None:
-        saved = load_checkpoint(found, model, optimizer, tuners)
+        saved = load_weights(found, model)
         check_origin(options, state["data"], saved, found)
         start = saved["stage_step"]
-    cut_metrics(folder / "metrics.jsonl", first_step + start)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    engine.prepare(model, optimizer)
+    check_rates(engine.optimizer, rates)
+    for tuner in tuners.values():
+        tuner.bind(engine.shards)
+    if teacher:
+        teacher.bind(engine.model, engine.shards)
+    if found is not None:
+        load_progress(found, model, engine.shards, tuners)
+    if engine.rank == 0:
+        cut_metrics(folder / "metrics.jsonl", first_step + start)
     model.train()
 
     # The loader runs ahead of the steps; the plan says which samples make up which step.
+    shares = [shared(batch, settings, engine.rank, engine.count, idle=len(examples)) for batch in plan]
     loader: DataLoader[Batch | UserError] = DataLoader(
-        examples + pool,  # type: ignore[arg-type]
-        batch_sampler=[micro for step in plan[start:] for micro in step],
+        [*examples, idle_example(examples)],  # type: ignore[arg-type]
+        batch_sampler=[micro for share in shares[start:] for micro in share],
         collate_fn=partial(collate_or_error, transform=model.transform, pad_id=model.language.pad_id),
         num_workers=settings.workers,
         worker_init_fn=leave_to_parent,
@@ -140,90 +159,90 @@ def _train_stage(
         if len(options.all_stages()) == 1
         else f"{options.name}, {stage.name or f'stage {number}'}"
     )
-    with Meter(folder / "metrics.jsonl", label, start, steps) as meter:
+    with Meter(folder / "metrics.jsonl", label, start, steps, quiet=engine.rank > 0) as meter:
         signals.hold()
         for step in range(start, steps):
-            micros = [next(batches).to(accelerator.device) for _ in plan[step]]
-            supervised = sum(int((micro.labels[:, 1:] != IGNORE).sum()) for micro in micros)
-            log = step == 0 or (step + 1) % settings.log_every == 0 or step + 1 == steps
             step_number = first_step + step + 1
-            line: dict[str, Any] = {"step": step_number, "stage": number}
-            set_rates(optimizer, schedule_factor(settings.schedule, step, steps, settings.warmup))
-            line |= {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
+            log = step == 0 or (step + 1) % settings.log_every == 0 or step + 1 == steps
+            # Of the step alone, so that a resumed run draws what the first run drew.
+            torch.manual_seed(seed_of(options.seed, step_number, engine.rank))
+            rates_now = set_rates(
+                engine.optimizer, schedule_factor(settings.schedule, step, steps, settings.warmup)
+            )
+            supervised = sum(count_supervised(examples[i]) for i in plan[step])
 
-            task_loss = kl_value = 0.0
-            penalty_gradients: dict[torch.Tensor, torch.Tensor] = {}
-            for i, micro in enumerate(micros):
+            micros, losses, kls = [], [], []
+            penalties: dict[str, torch.Tensor] = {}
+            for i in range(len(shares[step])):
+                micros.append(next(batches).to(engine.device))
+                last = i + 1 == len(shares[step])
+                if last:  # penalties count once per optimiser step
+                    made = {part: tuner.before_backward(keep=log) for part, tuner in tuners.items()}
+                    penalties = {part: penalty for part, penalty in made.items() if penalty is not None}
                 # Weighted by supervised tokens: the step's loss is their mean, however it is split.
                 if teacher and stage.kl:
-                    loss, kl = (value / supervised for value in teacher.losses(wrapped, micro))
-                    task_loss += loss.item()
-                    kl_value += kl.item()
-                    loss = loss + stage.kl.weight * kl
+                    loss, kl = teacher.losses(micros[-1])
+                    kls.append(kl.detach() / supervised)
+                    loss_and_kl = loss + stage.kl.weight * kl
                 else:
-                    loss = wrapped(micro) / supervised
-                    task_loss += loss.item()
-                _stop_if_not_finite("loss", task_loss, step_number, [micro], checkpoints)
-                _stop_if_not_finite("KL to the base", kl_value, step_number, [micro], checkpoints)
-                if i == len(micros) - 1:  # penalties count once per optimiser step
-                    penalties = {
-                        part: p for part, tuner in tuners.items() if (p := tuner.penalty()) is not None
-                    }
-                    for name, penalty in penalties.items():
-                        named = f"penalty on the {name}"
-                        _stop_if_not_finite(named, penalty.item(), step_number, micros, checkpoints)
-                    if penalties and log:
-                        line |= {f"penalty_{part}": penalty.item() for part, penalty in penalties.items()}
-                        penalty_gradients = _gradients(torch.stack(list(penalties.values())).sum(), model)
-                    for penalty in penalties.values():
-                        loss = loss + penalty
-                accelerator.backward(loss)
-            if teacher:
-                line["kl"] = kl_value
-            if penalty_gradients:
-                of_task = [p.grad - g for p, g in penalty_gradients.items() if p.grad is not None]
-                line |= {
-                    "penalty_grad_norm": _norm(penalty_gradients.values()),
-                    "task_grad_norm": _norm(of_task),
-                }
-            line["grad_norm"] = float(accelerator.clip_grad_norm_(model.parameters(), settings.clip))
-            _stop_if_not_finite("gradient's norm", line["grad_norm"], step_number, micros, checkpoints)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                    loss = loss_and_kl = engine.model(micros[-1])
+                losses.append(loss.detach() / supervised)
+                engine.backward(loss_and_kl / supervised * engine.count, last)
             for tuner in tuners.values():
-                tuner.after_step(step + 1, optimizer)
+                tuner.after_backward()
 
-            positions = sum(int(micro.attention_mask.sum()) for micro in micros)
-            meter.step(step + 1, task_loss, sum(map(len, plan[step])), positions)
+            mine = [torch.stack(losses).sum(), torch.stack(kls).sum()] if kls else [torch.stack(losses).sum()]
+            stopping = torch.tensor(float(signals.waiting is not None), device=engine.device)
+            told = engine.shards.sum(torch.stack([*mine, *penalties.values(), stopping]).double()).tolist()
+            names = ["loss", *["kl"] * bool(kls), *(f"penalty_{part}" for part in penalties)]
+            values = dict(zip(names, told, strict=False))
+            for name, value in values.items():
+                if not math.isfinite(value):
+                    own = [m for m, each in zip(micros, losses, strict=True) if not each.isfinite()] or micros
+                    raise _not_finite(f"{SAID[name]} is {value} at step {step_number}", own, checkpoints)
+            line = {"step": step_number, "stage": number, **rates_now, **values}
+            if log and penalties:
+                line |= _gradient_norms(tuners)
+            line["grad_norm"] = engine.step()
+            if not math.isfinite(line["grad_norm"]):
+                what = f"the gradient's norm is {line['grad_norm']} at step {step_number}"
+                raise _not_finite(what, micros, checkpoints)
+            for tuner in tuners.values():
+                tuner.after_step(step + 1)
+
+            meter.step(
+                step + 1, values["loss"], len(plan[step]), sum(len(examples[i].ids) for i in plan[step])
+            )
             if log:
-                densities = {
-                    name: value for tuner in tuners.values() for name, value in tuner.densities().items()
-                }
-                meter.log({**line, "loss": task_loss, **densities})
-            stopping = signals.waiting is not None
-            if step + 1 < steps and (stopping or (step + 1) % settings.checkpoint.every == 0):
-                _stop_if_weights_not_finite(model, step_number, micros, checkpoints)
+                for tuner in tuners.values():
+                    line |= tuner.densities()
+                meter.log(line)
+            if step + 1 < steps and (told[-1] or (step + 1) % settings.checkpoint.every == 0):
+                _stop_if_weights_not_finite(model, engine.shards, step_number, micros, checkpoints)
                 now = {**state, "step": step_number, "stage_step": step + 1}
-                save_checkpoint(checkpoints / f"step-{step_number}", model, optimizer, tuners, now)
-                prune_old(checkpoints, settings.checkpoint.keep)
-                if stopping:
+                save_checkpoint(checkpoints / f"step-{step_number}", model, engine.shards, tuners, now)
+                if engine.rank == 0:
+                    prune_old(checkpoints, settings.checkpoint.keep)
+                if told[-1]:
                     signals.stop(f"after step {step_number}, with a checkpoint")
     for tuner in tuners.values():
         tuner.finish()
-    _stop_if_weights_not_finite(model, first_step + steps, [], checkpoints)
+    _stop_if_weights_not_finite(model, engine.shards, first_step + steps, [], checkpoints)
     trained = {**state, "step": first_step + steps, "name": options.name, "seed": options.seed}
-    save_model(model, done, trained)
+    save_model(model, engine.shards, done, trained)
     signals.release()
-    accelerator.free_memory()
+    engine.close()
     return first_step + steps
 
 
 def _attach(
-    model: VisionLanguageModel, tuners: dict[str, Tuner], folder: Path, number: int
+    model: VisionLanguageModel, tuners: dict[str, Tuner], folder: Path, number: int, tell: bool
 ) -> dict[str, float]:
-    """Attaches the tuners, saves and prints the tuning table, and returns each trained part's rate."""
+    """Attaches the tuners and returns each trained part's rate. tell: saves and prints the tuning table."""
     rows = [row for part, tuner in tuners.items() for row in tuner.attach(model, part)]
     rates = {row.part: row.lr for row in rows if row.lr is not None}
+    if not tell:
+        return rates
     table = folder / "tuning_table.json"
     before = [row for row in read_json(table) if row["stage"] < number] if table.is_file() else []
     write_json(table, before + [{"stage": number, **row.to_dict()} for row in rows])
@@ -238,31 +257,24 @@ def _whole(made: Batch | UserError) -> Batch:
     return made
 
 
-def _gradients(value: torch.Tensor, model: VisionLanguageModel) -> dict[torch.Tensor, torch.Tensor]:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-    return {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
-
-
-def _norm(tensors: Iterable[torch.Tensor]) -> float:
-    return math.sqrt(sum(float(tensor.float().pow(2).sum()) for tensor in tensors))
-
-
-def _stop_if_not_finite(name: str, value: float, step: int, micros: list[Batch], checkpoints: Path) -> None:
-    if not math.isfinite(value):
-        raise _not_finite(f"the {name} is {value} at step {step}", micros, checkpoints)
+def _gradient_norms(tuners: dict[str, Tuner]) -> dict[str, float]:
+    """Of the penalties and of the task, over the parameters that a penalty falls on."""
+    squares = [found for tuner in tuners.values() if (found := tuner.gradient_norms()) is not None]
+    penalty, task = (math.sqrt(sum(each)) for each in zip(*squares, strict=True))
+    return {"penalty_grad_norm": penalty, "task_grad_norm": task}
 
 
 def _stop_if_weights_not_finite(
-    model: VisionLanguageModel, step: int, micros: list[Batch], checkpoints: Path
+    model: VisionLanguageModel, shards: Shards, step: int, micros: list[Batch], checkpoints: Path
 ) -> None:
     """Before they are saved, so that the checkpoint before stays the last one."""
-    broken = [name for name, p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]
-    if broken:
-        named = ", ".join(broken[:3]) + (" ..." if len(broken) > 3 else "")
-        raise _not_finite(
-            f"{len(broken)} weights are not finite after step {step}: {named}", micros, checkpoints
-        )
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    broken = torch.stack([(~shards.local(p).isfinite()).sum() for _, p in trained])
+    found = [name for (name, _), count in zip(trained, shards.sum(broken).tolist(), strict=True) if count]
+    if found:
+        named = ", ".join(found[:3]) + (" ..." if len(found) > 3 else "")
+        what = f"{len(found)} weights are not finite after step {step}: {named}"
+        raise _not_finite(what, micros, checkpoints)
 
 
 def _not_finite(what: str, micros: list[Batch], checkpoints: Path) -> UserError:

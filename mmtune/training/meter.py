@@ -27,13 +27,17 @@ SPEEDS = ("samples_per_s", "tokens_per_s")
 
 
 class Meter:
-    """A context around a stage. Without a terminal a line is printed now and then instead of the bar."""
+    """A context around a stage. Without a terminal a line is printed now and then instead of the bar.
+
+    quiet: says and writes nothing, on all processes of a run but the first.
+    """
 
     SECONDS_BETWEEN_LINES = 15.0
 
-    def __init__(self, path: Path, name: str, first: int, last: int) -> None:
+    def __init__(self, path: Path, name: str, first: int, last: int, quiet: bool = False) -> None:
         self.path, self.name, self.first, self.last = path, name, first, last
-        self.console = Console(stderr=True)
+        self.quiet = quiet
+        self.console = Console(stderr=True, quiet=quiet)
         self.progress = Progress(
             TextColumn(name),
             BarColumn(),
@@ -43,7 +47,7 @@ class Meter:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=quiet or not self.console.is_terminal,
         )
         self.samples = self.tokens = 0
         self.began = self.window = self.spoke = time.perf_counter()
@@ -60,6 +64,8 @@ class Meter:
 
     def step(self, step: int, loss: float, samples: int, tokens: int) -> None:
         """Counts one optimiser step. tokens: all positions of text and pictures, without padding."""
+        if self.quiet:
+            return
         self.samples += samples
         self.tokens += tokens
         self.progress.update(self.task, completed=step, loss=f"{loss:.3f}")
@@ -77,6 +83,8 @@ class Meter:
 
         It is on the disk before a checkpoint of its step is. Raises UserError where it cannot be written.
         """
+        if self.quiet:
+            return
         now = time.perf_counter()
         seconds = max(now - self.window, 1e-9)
         speeds = (round(self.samples / seconds, 2), round(self.tokens / seconds, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import torch
@@ -30,10 +31,19 @@ def make_optimizer(
     return torch.optim.AdamW(groups, weight_decay=weight_decay)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Sets each group's learning rate to its own rate times `factor`."""
+def check_rates(optimizer: torch.optim.Optimizer, rates: dict[str, float]) -> None:
+    """Raises RuntimeError unless an engine's optimiser has a group with the rate of each part that trains."""
+    found = {group.get("name"): (group.get("rate"), group["lr"]) for group in optimizer.param_groups}
+    wanted = {part: (rate, rate) for part, rate in rates.items()}
+    if found != wanted:
+        raise RuntimeError(f"learning rates did not arrive: the optimiser has {found}, wanted were {wanted}")
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
+    """Sets each group's learning rate to its own rate times `factor`. Returns them by lr_PART."""
     for group in optimizer.param_groups:
         group["lr"] = group["rate"] * factor
+    return {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
 
 
 def schedule_factor(kind: str, step: int, steps: int, warmup: float) -> float:
@@ -48,3 +58,8 @@ def schedule_factor(kind: str, step: int, steps: int, warmup: float) -> float:
     if kind == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
     return 1 - done if kind == "linear" else 1.0
+
+
+def seed_of(seed: int, step: int, rank: int) -> int:
+    """The seed of one step on one process: a function of the arguments alone, so nothing has to be saved."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "big") >> 1

@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from mmtune.core.errors import Fault, UserError
+from mmtune.core.processes import tell
 from mmtune.data.batches import Example, batch_order, check_pictures, encode_samples
-from mmtune.data.chat import Chat
+from mmtune.data.chat import IGNORE, Chat
 from mmtune.data.samples import Sample, image_first, read_sound, repeated_ids
 from mmtune.evaluation.metrics.base import some
 from mmtune.parts.spec import PARTS
@@ -64,10 +66,10 @@ def _read(data: list[DataOptions]) -> list[Sample]:
 def _encoded(samples: list[Sample], chat: Chat, settings: TrainOptions) -> list[Example]:
     examples, skipped = encode_samples(samples, chat, settings.max_length, settings.too_long)
     if again := repeated_ids(samples):
-        print(f"mmtune: several samples share an id: {some(again)}", file=sys.stderr)
+        tell(f"mmtune: several samples share an id: {some(again)}")
     if skipped:
         count = f"{len(skipped)} of {len(samples)}"
-        print(f"mmtune: {count} samples skipped as too long: {', '.join(skipped)}", file=sys.stderr)
+        tell(f"mmtune: {count} samples skipped as too long: {', '.join(skipped)}")
     check_pictures(examples)
     return examples
 
@@ -88,7 +90,7 @@ def read_replay(chat: Chat, stage: Stage, own: int, seed: int) -> tuple[list[Exa
         return [], 0
     count = count_replay(stage.replay, own)
     samples = _read(stage.replay.data)
-    Console(stderr=True).print(say_replay(count, len(samples), own))
+    tell(say_replay(count, len(samples), own))
     per_epoch = math.ceil((own + count) / stage.train.batch_size)
     needed = count * math.ceil(count_steps(own + count, stage.train) / per_epoch)
     if needed < len(samples):
@@ -119,24 +121,46 @@ def make_plan(
     seed: int,
     pool: Sequence[Example] = (),
     replayed: int = 0,
-) -> list[list[list[int]]]:
-    """For each optimiser step its micro-batches, as indices of examples and, after them, of the pool.
+) -> list[list[int]]:
+    """For each optimiser step its batch, as indices of examples and, after them, of the pool.
 
     Every epoch has all examples and `replayed` ones of the pool.
     """
     both = [*examples, *pool]
     steps = count_steps(len(examples) + replayed, settings)
-    micro = settings.micro_batch_size or settings.batch_size
-    plan: list[list[list[int]]] = []
+    plan: list[list[int]] = []
     for epoch in itertools.count():
         drawn = [len(examples) + i for i in draw_replay(len(pool), replayed, seed, epoch)]
         present = [*range(len(examples)), *drawn]
         for places in batch_order([both[i] for i in present], settings.batch_size, seed, epoch):
             if len(plan) == steps:
                 return plan
-            batch = [present[place] for place in places]
-            plan.append([batch[i : i + micro] for i in range(0, len(batch), micro)])
+            plan.append([present[place] for place in places])
     raise AssertionError
+
+
+def shared(batch: list[int], settings: TrainOptions, rank: int, count: int, idle: int) -> list[list[int]]:
+    """The micro-batches of a step's batch that one of `count` processes takes; every one has as many.
+
+    Where there are too few samples for all, a process gets `idle` instead, an example that counts nothing.
+    """
+    even = math.ceil(len(batch) / count)
+    micro = min(settings.micro_batch_size or even, even)
+    micros = [batch[start : start + micro] for start in range(0, len(batch), micro)]
+    rounds = math.ceil(len(micros) / count)
+    micros += [[idle]] * (rounds * count - len(micros))
+    return micros[rank::count]
+
+
+def idle_example(examples: Sequence[Example]) -> Example:
+    """The shortest example without anything supervised: its loss is 0."""
+    shortest = min(examples, key=lambda example: len(example.ids))
+    return replace(shortest, id="", labels=np.full_like(shortest.labels, IGNORE))
+
+
+def count_supervised(example: Example) -> int:
+    """How many tokens of an example the loss is taken on."""
+    return int((example.labels[1:] != IGNORE).sum())
 
 
 def count_steps(samples: int, settings: TrainOptions) -> int:

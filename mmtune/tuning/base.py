@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mmtune.parts.model import VisionLanguageModel
+    from mmtune.tuning.joined import WeightPenalty
     from mmtune.tuning.shards import Shards
 
 # The options class of each tuner; its `make()` gives the tuner itself.
@@ -96,6 +97,8 @@ class Tuner:
     """
 
     exact = False
+    shards: Shards
+    weight_penalty: WeightPenalty | None = None
 
     def attach(self, model: VisionLanguageModel, part: str) -> list[Row]:
         """Chooses what trains, in place. Returns the part's rows of the tuning table."""
@@ -109,6 +112,9 @@ class Tuner:
 
     def bind(self, shards: Shards) -> None:
         """Called once parameters lie where they will train; what changes gradients is put in place here."""
+        self.shards = shards
+        if self.weight_penalty:
+            self.weight_penalty.bind(shards)
 
     def before_backward(self, keep: bool = False) -> torch.Tensor | None:
         """Makes the penalty's gradients ready, which join the task's in the backward pass that follows.
@@ -116,16 +122,18 @@ class Tuner:
         Returns this process's share of the weighted penalty, fp32, which the processes' shares add up to;
         None where there is no penalty. keep: `gradient_norms` will be asked for.
         """
-        return None
+        return self.weight_penalty.before_backward(keep) if self.weight_penalty else None
 
     def after_backward(self) -> None:
         """Called between the last backward pass of a step and the step, with the gradients unclipped."""
+        if self.weight_penalty:
+            self.weight_penalty.after_backward()
 
     def gradient_norms(self) -> tuple[float, float] | None:
         """The squared norms of the penalty's and of the task's gradient over the parameters that the penalty
         falls on; asked for, by every process, after `after_backward`. None where there is no penalty.
         """
-        return None
+        return self.weight_penalty.gradient_norms({}) if self.weight_penalty else None
 
     def after_step(self, step: int) -> None:
         """Called once `step` optimiser steps are done."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from mmtune.parts.model import VisionLanguageModel
+    from mmtune.tuning.joined import DriftPenalty
 
 
 @dataclass
@@ -38,12 +39,14 @@ class FullTuner(Tuner):
     """Trains every weight that has an effect on the output."""
 
     exact = True
+    weight_penalty: DriftPenalty | None = None
 
     def __init__(self, options: FullOptions) -> None:
         self.options = options
-        self.matrices: dict[str, tuple[torch.nn.Parameter, torch.Tensor]] = {}
 
     def attach(self, model: VisionLanguageModel, part: str) -> list[Row]:
+        from mmtune.tuning.joined import DriftPenalty
+
         core = model.core(part)
         core.requires_grad_(True).float()
         for name, parameter in core.named_parameters():
@@ -54,27 +57,20 @@ class FullTuner(Tuner):
             matrices = {n: p for n, p in core.named_parameters() if p.requires_grad and p.ndim == 2}
             holders = list(dict.fromkeys(name.rpartition(".")[0] for name in matrices))
             penalised = self.options.penalty.select(holders, part)
-            for name, parameter in matrices.items():
-                if name.rpartition(".")[0] in penalised:
-                    self.matrices[name] = (parameter, parameter.detach().clone())
+            initial = {
+                name: parameter.detach().clone()
+                for name, parameter in matrices.items()
+                if name.rpartition(".")[0] in penalised
+            }
+            self.weight_penalty = DriftPenalty(self.options.penalty, initial, core.get_parameter)
         getattr(model.options, part).weights = None
         return rows_of(part, core, "full", self.options.lr, penalised)
 
-    def penalty(self) -> torch.Tensor | None:
-        import torch
-
-        from mmtune.tuning.penalty import drift_penalty
-
-        if not self.options.penalty or not self.matrices:
-            return None
-        options = self.options.penalty
-        constant = options.kind == "constant"
-        values = [drift_penalty(w, initial, options.omega, constant) for w, initial in self.matrices.values()]
-        return options.weight * torch.stack(values).mean()
-
     def state(self) -> dict[str, torch.Tensor]:
-        return {f"initial.{name}": initial for name, (_, initial) in self.matrices.items()}
+        if self.weight_penalty is None:
+            return {}
+        return {f"initial.{name}": initial for name, initial in self.weight_penalty.initial.items()}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        for name, (_, initial) in self.matrices.items():
-            initial.copy_(state[f"initial.{name}"])
+        if self.weight_penalty:
+            self.weight_penalty.load_initial({name.removeprefix("initial."): t for name, t in state.items()})

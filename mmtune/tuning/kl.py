@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from mmtune.data.batches import Batch
     from mmtune.parts.model import VisionLanguageModel
+    from mmtune.tuning.shards import Shards
 
 
 @dataclass
@@ -42,7 +43,10 @@ class Teacher:
     """
 
     def __init__(self, model: VisionLanguageModel) -> None:
+        from mmtune.tuning.shards import Shards
+
         self.model = model
+        self.bind(model, Shards())
         self.initial = {
             f"{part}.{name}": parameter.detach().clone()
             for part in PARTS
@@ -51,26 +55,29 @@ class Teacher:
             if parameter.requires_grad
         }
 
+    def bind(self, forward: Callable[..., Any], shards: Shards) -> None:
+        """Called once an engine has taken the model. forward: the model as the engine wrapped it."""
+        self.forward, self.shards = forward, shards
+
     def logits(self, batch: Batch) -> torch.Tensor:
         """What the base says at the supervised positions [n, vocabulary]; no dropout, no gradient."""
         import torch
 
         training = self.model.training
         self.model.eval()
-        with torch.no_grad(), ExitStack() as adapters_off:
+        initial = {self.model.get_parameter(name): value for name, value in self.initial.items()}
+        with torch.no_grad(), ExitStack() as as_it_was:
             for adapter in self.model.adapters.values():
-                adapters_off.enter_context(adapter.disable_adapter())
-            _, logits = torch.func.functional_call(self.model, self.initial, (batch, True))
+                as_it_was.enter_context(adapter.disable_adapter())
+            as_it_was.enter_context(self.shards.seen_as(initial))
+            _, logits = self.forward(batch, True)
         self.model.train(training)
         return logits
 
-    def losses(self, model: Callable[..., Any], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The task's loss and the KL, both summed over the supervised positions, from one pass of `model`.
-
-        model: the teacher's model, as the engine wrapped it.
-        """
+    def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The task's loss and the KL, both summed over the supervised positions, from one pass."""
         base = self.logits(batch)
-        loss, logits = model(batch, True)
+        loss, logits = self.forward(batch, True)
         return loss, kl_divergence(base, logits)
 
 

@@ -59,18 +59,19 @@ def check_lora(options: Any, fault: Report) -> None:
 
 class LoraTuner(Tuner):
     """Attaches the adapter. `layers` maps a target's full name to its peft layer; `penalised` are the names
-    of those that a penalty falls on; `known` is what it needs of each frozen weight, computed once.
+    of those that a penalty falls on.
     """
 
     def __init__(self, options: Any) -> None:
         self.options = options
         self.layers: dict[str, Any] = {}
         self.penalised: list[str] = []
-        self.known: dict[str, torch.Tensor] = {}
 
     def attach(self, model: VisionLanguageModel, part: str) -> list[Row]:
         from peft import LoraConfig, get_peft_model
         from peft.tuners.lora import LoraLayer
+
+        from mmtune.tuning.joined import UpdatePenalty
 
         options = self.options
         core = model.core(part)
@@ -98,6 +99,10 @@ class LoraTuner(Tuner):
         self.layers = {name: m for name, m in core.named_modules() if isinstance(m, LoraLayer)}
         if sorted(self.layers) != sorted(targets):
             raise RuntimeError(f"peft adapted {sorted(self.layers)}, asked for were {targets}")
+        if options.penalty:
+            self.weight_penalty = UpdatePenalty(
+                options.penalty, self.penalised, self.pair, self.frozen_weight
+            )
         return self._rows(part, core)
 
     def pair(self, name: str) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
@@ -105,26 +110,9 @@ class LoraTuner(Tuner):
         layer = self.layers[name]
         return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
-    def penalty(self) -> torch.Tensor | None:
-        import torch
-
-        from mmtune.tuning.penalty import conflict_penalty, constant_penalty, frobenius, mean_square_mask
-
-        penalty = self.options.penalty
-        if not penalty:
-            return None
-        values = []
-        for name in self.penalised:
-            weight = self.layers[name].get_base_layer().weight
-            if penalty.kind == "constant":
-                if name not in self.known:
-                    self.known[name] = mean_square_mask(weight, penalty.omega)
-                values.append(constant_penalty(self.known[name], *self.pair(name)))
-            else:
-                if name not in self.known:
-                    self.known[name] = frobenius(weight)
-                values.append(conflict_penalty(weight, *self.pair(name), penalty.omega, self.known[name]))
-        return penalty.weight * torch.stack(values).mean()
+    def frozen_weight(self, name: str) -> torch.Tensor:
+        """W (p x q) of a target."""
+        return self.layers[name].get_base_layer().weight
 
     def _rows(self, part: str, core: nn.Module) -> list[Row]:
         pruned = self.options.tuner == "lorasculpt"

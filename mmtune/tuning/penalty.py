@@ -14,13 +14,11 @@ Source: Liang et al., LoRASculpt, CVPR 2025, arXiv 2503.16843.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 TILE_ENTRIES = 1 << 20
-Products = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def retention_mask_squared(tile: torch.Tensor, norm: torch.Tensor, omega: float) -> torch.Tensor:
@@ -50,61 +48,87 @@ def mean_square_mask(weight: torch.Tensor, omega: float = 1.0) -> torch.Tensor:
     return torch.stack(sums).sum() / weight.numel()
 
 
-def conflict_penalty(
-    weight: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    omega: float = 1.0,
-    norm: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """||M * (B A)||_F as a scalar with gradients for lora_a and lora_b.
+class RetentionMask:
+    """M of one frozen weight (p x q), tile by tile, with what is known of the whole.
 
-    weight: frozen, p x q, any float type. lora_a: r x q. lora_b: p x r. norm: ||weight||_F where it is
-    known already. Computed in fp32, or fp64 where the adapter is.
+    shape: (p, q).
     """
-    norm = (frobenius(weight) if norm is None else norm).to(_precision(lora_a))
-    frozen = weight.detach()
 
-    def products(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __init__(self, weight: torch.Tensor, omega: float = 1.0, norm: torch.Tensor | None = None) -> None:
+        self.weight = weight.detach()
+        self.shape = weight.shape
+        self.omega = omega
+        self.norm = frobenius(weight) if norm is None else norm
+
+    def squared(self, rows: slice, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """M^2 of some rows [t, q]."""
+        tile = self.weight[rows].to(dtype, copy=True)
+        return retention_mask_squared(tile, self.norm.to(dtype), self.omega)
+
+    def products(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B^T G [r x q], G A^T [p x r]) with G = M^2 * (B A), for a (r x q) and b (p x r); no autograd."""
         b_g, g_a = torch.zeros_like(a), torch.empty_like(b)
-        rows = _rows(frozen)
-        for start in range(0, frozen.shape[0], rows):
+        rows = _rows(self.weight)
+        for start in range(0, self.shape[0], rows):
             part = slice(start, start + rows)
-            g = retention_mask_squared(frozen[part].to(a.dtype, copy=True), norm, omega)
-            g.mul_(b[part] @ a)
+            g = self.squared(part, a.dtype).mul_(b[part] @ a)
             g_a[part] = g @ a.T
             b_g.addmm_(b[part].T, g)
         return b_g, g_a
 
-    return _OfUpdate.apply(lora_a, lora_b, products)
 
+class ConstantMask(RetentionMask):
+    """The control: M^2 is c^2, its mean over the weight, everywhere; only r x r products are needed."""
 
-def constant_penalty(mean_square: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> torch.Tensor:
-    """c ||B A||_F: the conflict penalty with a mask that is the same everywhere, as a control.
+    def __init__(self, weight: torch.Tensor, omega: float = 1.0) -> None:
+        self.shape = weight.shape
+        self.square = mean_square_mask(weight, omega)
 
-    mean_square: c^2, of `mean_square_mask`. lora_a: r x q. lora_b: p x r. Precision as above.
-    """
-    square = mean_square.to(_precision(lora_a))
+    def squared(self, rows: slice, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self.square.to(dtype).expand(self.shape)[rows]
 
-    def products(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def products(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        square = self.square.to(a.dtype)
         return square * (b.T @ b) @ a, square * b @ (a @ a.T)
 
-    return _OfUpdate.apply(lora_a, lora_b, products)
+
+def retention_mask(weight: torch.Tensor, omega: float = 1.0, constant: bool = False) -> RetentionMask:
+    """The mask of a frozen weight, to be made once and kept."""
+    return (ConstantMask if constant else RetentionMask)(weight, omega)
+
+
+def update_penalty(
+    mask: RetentionMask, lora_a: torch.Tensor, lora_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """N = ||M * (B A)||_F and its gradients for A (r x q) and B (p x r), as plain tensors; all 0 at N = 0.
+
+    Computed in fp32, or fp64 where the adapter is.
+    """
+    dtype = _precision(lora_a)
+    # Under autocast the products would be bf16, in which most of this penalty's gradient is lost.
+    with torch.no_grad(), torch.autocast(lora_a.device.type, enabled=False):
+        a, b = lora_a.detach().to(dtype), lora_b.detach().to(dtype)
+        b_g, g_a = mask.products(a, b)
+        value = (b * g_a).sum().clamp_min(0).sqrt()
+        scale = torch.where(value > 0, 1 / value, torch.zeros_like(value))
+        return value, b_g * scale, g_a * scale
+
+
+def conflict_penalty(
+    weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, omega: float = 1.0
+) -> torch.Tensor:
+    """||M * (B A)||_F as a scalar with gradients for lora_a and lora_b.
+
+    weight: frozen, p x q, any float type. lora_a: r x q. lora_b: p x r.
+    """
+    return _OfUpdate.apply(lora_a, lora_b, retention_mask(weight, omega))
 
 
 class _OfUpdate(torch.autograd.Function):
-    """N and its gradients for A (r x q) and B (p x r), from a function (A, B) -> (B^T G, G A^T)."""
-
     @staticmethod
-    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor, products: Products) -> torch.Tensor:
-        dtype = _precision(a)
-        # Under autocast the products would be bf16, in which most of this penalty's gradient is lost.
-        with torch.autocast(a.device.type, enabled=False):
-            a_, b_ = a.detach().to(dtype), b.detach().to(dtype)
-            grad_a, grad_b = products(a_, b_)
-            value = (b_ * grad_b).sum().clamp_min(0).sqrt()
-            scale = torch.where(value > 0, 1 / value, torch.zeros_like(value))
-            ctx.save_for_backward((grad_a * scale).to(a.dtype), (grad_b * scale).to(b.dtype))
+    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor, mask: RetentionMask) -> torch.Tensor:
+        value, grad_a, grad_b = update_penalty(mask, a, b)
+        ctx.save_for_backward(grad_a.to(a.dtype), grad_b.to(b.dtype))
         return value
 
     @staticmethod

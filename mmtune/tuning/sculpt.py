@@ -2,8 +2,11 @@
 
 Semantics: when `prune_at` optimiser steps are done, k = floor(density * numel) entries of largest
 magnitude stay in each tensor (ties to the lowest index), the rest become zero in memory, so in the
-next forward pass and in every file. Their Adam moments become zero too, and their gradients are zero
-from then on before clipping, so they cannot come back and do not weigh on the clip norm.
+next forward pass and in every file. Their Adam moments become zero too. From then on, with `hold: grad`,
+their gradients are zero before clipping, so they cannot come back and do not weigh on the clip norm; with
+`hold: project` they are zeroed after each step, and their gradients do.
+Which entries stay is decided once, on whole tensors, by each process for itself from the same numbers;
+holding them is done in place and sends nothing.
 With `support: random`, the control, k entries drawn at random stay instead; all else is the same.
 Source: Liang et al., LoRASculpt, CVPR 2025, arXiv 2503.16843.
 """
@@ -29,10 +32,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class SculptOptions:
-    """LoRA's options and, beside them, density (the fraction kept of A and of B), prune_at and support.
+    """LoRA's options and, beside them, density (the fraction kept of A and of B), prune_at, support and hold.
 
     prune_at: a number of optimiser steps, or a fraction of the run where it is below 1. support: which
-    entries stay, those of largest `magnitude`, or as many `random` ones, drawn from the run's seed.
+    entries stay, those of largest `magnitude`, or as many `random` ones, drawn from the run's seed. hold: how
+    the others stay zero, by their gradients (`grad`) or by zeroing them after each step (`project`).
     """
 
     lr: float
@@ -44,6 +48,7 @@ class SculptOptions:
     density: float = 0.1
     prune_at: float = 100
     support: Literal["magnitude", "random"] = "magnitude"
+    hold: Literal["grad", "project"] = "grad"
     penalty: PenaltyOptions | None = None
 
     def check(self, fault: Report) -> None:
@@ -97,27 +102,44 @@ class SculptTuner(LoraTuner):
                 mend="Prune earlier, or give a fraction of the run, for example 0.1.",
             )
 
-    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        if step != self.prune_step:
-            return
+    def after_step(self, step: int) -> None:
+        if step == self.prune_step:
+            self._prune(step)
+        elif step > self.prune_step and self.options.hold == "project":
+            self._zero_outside()
+
+    def _prune(self, step: int) -> None:
         masks = {}
         for name, parameter in self._tensors():
-            if not parameter.any():
+            whole = self.shards.whole(parameter)
+            if not whole.any():
                 raise UserError(
                     f"{name} is all zero at step {step}, so there is nothing to prune",
                     where=f"tune.{self.part}.prune_at",
                     mend="Prune later, once warm-up has moved the weights.",
                 )
             if self.options.support == "random":
-                masks[name] = drawn(parameter, self.options.density, f"{self.seed}/{name}")
+                masks[name] = drawn(whole, self.options.density, f"{self.seed}/{name}")
             else:
-                masks[name] = largest(parameter.detach(), self.options.density)
+                masks[name] = largest(whole, self.options.density)
         self._hold(masks)
+        self._zero_outside()
         for name, parameter in self._tensors():
-            parameter.data.masked_fill_(~masks[name], 0)
-            for moment in optimizer.state[parameter].values():
-                if moment.shape == parameter.shape:
-                    moment.masked_fill_(~masks[name], 0)
+            outside = ~self.shards.piece(parameter, masks[name])
+            for moment in self.shards.moments(parameter).values():
+                moment.masked_fill_(outside, 0)
+
+    def _zero_outside(self) -> None:
+        for name, parameter in self._tensors():
+            self.shards.zero_outside(parameter, self.masks[name])
+
+    def gradient_norms(self) -> tuple[float, float] | None:
+        if self.weight_penalty is None:
+            return None
+        held = self.masks and self.options.hold == "grad"
+        return self.weight_penalty.gradient_norms(
+            {parameter: self.masks[name] for name, parameter in self._tensors()} if held else {}
+        )
 
     def densities(self) -> dict[str, float]:
         """Densities of A, of B and of the support of B A, next to what independence predicts for it."""
@@ -131,7 +153,8 @@ class SculptTuner(LoraTuner):
         if not self.masks:
             raise RuntimeError("the run ended and nothing was pruned")
         for name, parameter in self._tensors():
-            if parameter.detach()[~self.masks[name]].any():
+            outside = ~self.shards.piece(parameter, self.masks[name])
+            if self.shards.local(parameter)[outside].any():
                 raise RuntimeError(f"{name} has entries outside its support")
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -145,7 +168,9 @@ class SculptTuner(LoraTuner):
         self.masks = masks
         for name, parameter in self._tensors():
             masks[name] = masks[name].to(parameter.device)
-            parameter.register_hook(partial(_zero_outside, masks[name]))
+            if self.options.hold == "grad":
+                held = self.shards.as_gradient(parameter, masks[name])
+                self.shards.on_gradient(parameter, partial(_zero_outside, held))
         products, expected = [], []
         for name in self.layers:
             a, b = masks[f"{name}.lora_A"], masks[f"{name}.lora_B"]
@@ -156,8 +181,13 @@ class SculptTuner(LoraTuner):
         self.product_density = (sum(products) / len(products), sum(expected) / len(expected))
 
     def _density(self, which: str) -> float:
-        found = [parameter for name, parameter in self._tensors() if name.endswith(which)]
-        return sum(int(p.count_nonzero()) for p in found) / sum(p.numel() for p in found)
+        import torch
+
+        found = [(name, parameter) for name, parameter in self._tensors() if name.endswith(which)]
+        kept = torch.stack([self.shards.local(parameter).count_nonzero() for _, parameter in found]).sum()
+        if self.shards.split:
+            self.shards.sum(kept)
+        return int(kept) / sum(self.masks[name].numel() for name, _ in found)
 
     def _tensors(self) -> list[tuple[str, torch.nn.Parameter]]:
         pairs = [(name, self.pair(name)) for name in self.layers]

@@ -28,7 +28,7 @@ class Shards:
     before_mean = True
     weights_split = False
 
-    def __init__(self, optimizer: torch.optim.Optimizer, rank: int = 0, count: int = 1) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer | None = None, rank: int = 0, count: int = 1) -> None:
         self.optimizer = optimizer
         self.rank = rank
         self.count = count
@@ -52,7 +52,7 @@ class Shards:
 
     def moments(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
         """Adam's moments by name, each like `local`, to read and to write; none before the first step."""
-        state = self.optimizer.state.get(parameter, {})
+        state = self.saved_moments(parameter)
         return {name: tensor for name, tensor in state.items() if tensor.shape == parameter.shape}
 
     def gradient(self, parameter: nn.Parameter) -> torch.Tensor:
@@ -103,3 +103,19 @@ class Shards:
         """The parameter's values, or what the processes' pieces make together, in its own shape."""
         piece = self.local(parameter) if piece is None else piece
         return self.sum(self.spread(parameter, piece)) if self.split else piece
+
+    def frozen(self, parameter: nn.Parameter) -> torch.Tensor:
+        """A weight that does not train, whole."""
+        return parameter.data
+
+    def saved_moments(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        """What the optimiser knows of a parameter, by name and whole, Adam's `step` among it."""
+        assert self.optimizer is not None
+        return dict(self.optimizer.state.get(parameter, {}))
+
+    def load_moments(self, parameter: nn.Parameter, saved: Mapping[str, torch.Tensor]) -> None:
+        """Restores what `saved_moments` gave."""
+        assert self.optimizer is not None
+        self.optimizer.state[parameter] = {
+            name: tensor.to(parameter.device if tensor.ndim else "cpu") for name, tensor in saved.items()
+        }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -33,12 +34,12 @@ class Connector(nn.Module):
         """[N, features, vision_width] -> [N, tokens(features), language_width]."""
         raise NotImplementedError
 
-    def save(self, folder: Path) -> None:
-        """Writes config.json and model.safetensors."""
+    def save(self, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Writes config.json and model.safetensors. tensors: in place of its own."""
         folder.mkdir(parents=True, exist_ok=True)
         config = {"kind": self.kind, "vision_width": self.vision_width, "language_width": self.language_width}
         write_json(folder / "config.json", config)
-        save_file(own_weights(self), folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(own_weights(self, tensors), folder / "model.safetensors", metadata={"format": "pt"})
 
     def load(self, folder: Path) -> None:
         """Takes the weights of a saved connector. Raises UserError where kind, widths or tensors differ."""

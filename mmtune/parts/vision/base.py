@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ class VisionTower(nn.Module):
         """With random weights, from the fields of the family's own config. Raises UserError for others."""
         raise NotImplementedError
 
-    def save(self, folder: Path) -> None:
-        """Writes the family's own format, safetensors only."""
+    def save(self, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Writes the family's own format, safetensors only. tensors: in place of the tower's own."""
         raise NotImplementedError
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,8 @@ class ClipTower(VisionTower):
             hf = CLIPVisionModel(made)
         return cls(hf, MEAN, STD)
 
-    def save(self, folder: Path) -> None:
-        self.hf.save_pretrained(folder, state_dict=own_weights(self.hf))
+    def save(self, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+        self.hf.save_pretrained(folder, state_dict=own_weights(self.hf, tensors))
         preprocessor = {
             "image_processor_type": "CLIPImageProcessor",
             "size": {"shortest_edge": self.image_size},

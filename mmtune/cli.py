@@ -263,24 +263,28 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _train_and_evaluate(options: argparse.Namespace, signals: Signals) -> None:
+    from mmtune.core.processes import rank, said_once
     from mmtune.evaluation.evaluate import check_data, evaluate_suite, print_results
     from mmtune.evaluation.protocol import load_suite
     from mmtune.run import read_run
-    from mmtune.training.folder import open_run
+    from mmtune.training.folder import is_finished, open_run
 
-    run = read_run(options.yaml, options.overrides)
-    wanted = run.evaluate if run.evaluate and run.evaluate.at_end else None
-    suite = load_suite(wanted.suite) if wanted else None
-    if wanted and suite:  # what is missing is said now, not after hours of training
-        check_data(suite.given, wanted.split, wanted.root, wanted.limit)
-    final = run.folder / "final"
-    if open_run(run, options.resume):
-        print(f"already done: {final}")
-    else:
+    with said_once():
+        run = read_run(options.yaml, options.overrides)
+        wanted = run.evaluate if run.evaluate and run.evaluate.at_end else None
+        suite = load_suite(wanted.suite) if wanted else None
+        if wanted and suite:  # what is missing is said now, not after hours of training
+            check_data(suite.given, wanted.split, wanted.root, wanted.limit)
+    final, done = run.folder / "final", "already done"
+    if rank() == 0:
+        open_run(run, options.resume)
+    if not is_finished(run):
         from mmtune.training.loop import train
 
         train(run, options.resume, signals)
-        print(f"trained: {final}")
+        done = "trained"
+    if rank() == 0:
+        print(f"{done}: {final}")
     if not wanted or not suite:
         return
     evaluations = evaluate_suite(
@@ -296,6 +300,8 @@ def _train_and_evaluate(options: argparse.Namespace, signals: Signals) -> None:
         root=wanted.root,
         dtype=wanted.dtype,
     )
+    if rank() > 0:
+        return
     for made in evaluations:
         print_results(made, _console())
     written = [

@@ -32,6 +32,17 @@ def tell(text: str) -> None:
 
 
 @contextmanager
+def said_once() -> Iterator[None]:
+    """A context for what every process finds alike: of a mistake in it the first one tells, the others end."""
+    try:
+        yield
+    except UserError:
+        if rank() > 0:
+            raise SystemExit(2) from None
+        raise
+
+
+@contextmanager
 def joined() -> Iterator[None]:
     """A context in which the processes can wait for each other; left as it was found where one is open."""
     if count() == 1:

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
@@ -44,10 +44,10 @@ class Engine:
     def _accelerator(self, precision: str, **plugins: Any) -> Accelerator:
         AcceleratorState._reset_state()  # of another run in this process, whose precision it would insist on
         return Accelerator(
+            cpu=_no_accelerator(),
             mixed_precision=precision,
             # Said here, or an environment variable would have the last word and scale the loss.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
             **plugins,
         )
 
@@ -79,7 +79,12 @@ class Engine:
 
 def open_processes() -> int:
     """Lets the processes that a launcher started find each other. Returns which of them this is."""
-    return PartialState().process_index
+    return PartialState(cpu=_no_accelerator()).process_index
+
+
+def _no_accelerator() -> bool:
+    """Said outright: where accelerate has to guess, processes on CPUs don't find each other."""
+    return not torch.accelerator.is_available()
 
 
 def check_engine(settings: TrainOptions) -> None:

@@ -54,7 +54,12 @@ def open_run(options: RunOptions, resume: bool) -> bool:
             check_origin(options, data_hash(stage.all_data), read_json(path / "trained.json"), path)
     if before != described:
         write_text(saved, yaml.safe_dump(described, sort_keys=False))
-    return (done[-1] / "trained.json").is_file()
+    return is_finished(options)
+
+
+def is_finished(options: RunOptions) -> bool:
+    """Whether the last stage is trained."""
+    return (done_folders(options)[-1] / "trained.json").is_file()
 
 
 def done_folders(options: RunOptions) -> list[Path]:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, remove_partials, write_json
-from mmtune.core.processes import wait
+from mmtune.core.processes import said_once, wait
 from mmtune.core.versions import commit, versions
 from mmtune.data.batches import Batch, collate_or_error
 from mmtune.parts.fingerprint import start_hash
@@ -65,8 +65,9 @@ def train(options: RunOptions, resume: bool = False, signals: Signals | None = N
     a gradient or a weight is no number; where something cannot be written; and where the processes that were
     started are not what the engine asks for. Raises Interrupted.
     """
-    for stage in options.all_stages():
-        check_engine(stage.train)
+    with said_once():
+        for stage in options.all_stages():
+            check_engine(stage.train)
     if open_processes() == 0:
         open_run(options, resume)
         remove_partials(options.folder)

@@ -42,7 +42,7 @@ training.folder training.plan training.optim training.engine training.checkpoint
 training.meter training.signals
 training.loop training.check
 interop.lmms_eval
-experiments.sweep
+experiments.estimate experiments.sweep
 bench.generate bench.score
 cli __main__
 """.split()

@@ -28,7 +28,10 @@ chmod +x .venv/bin/*
 USE = 'set -euo pipefail\nsource scripts/venv.sh "$@"\ncommand -v mmtune\necho "$VIRTUAL_ENV"\n'
 
 
-@pytest.mark.parametrize("script", ["quickstart.sh --seeds", "pretrain_tiny.sh --seed", "controls.sh --jobs"])
+@pytest.mark.parametrize(
+    "script",
+    ["quickstart.sh --seeds", "pretrain_tiny.sh --seed", "controls.sh --jobs", "ablate_lorasculpt.sh --jobs"],
+)
 @pytest.mark.parametrize("given", ["", "x", "-1", "0.5"])
 def test_an_option_without_its_number(script: str, given: str) -> None:
     name, option = script.split()
@@ -42,7 +45,9 @@ def test_an_option_without_its_number(script: str, given: str) -> None:
     assert f"{option} wants a number" in ran.stderr
 
 
-@pytest.mark.parametrize("script", ["quickstart.sh", "pretrain_tiny.sh", "controls.sh"])
+@pytest.mark.parametrize(
+    "script", ["quickstart.sh", "pretrain_tiny.sh", "controls.sh", "ablate_lorasculpt.sh"]
+)
 @pytest.mark.parametrize("option", ["--sed", "3", "--help"])
 def test_unknown_options(script: str, option: str) -> None:
     ran = subprocess.run(

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -26,6 +25,7 @@ from mmtune.core.errors import Fault, UserError
 from mmtune.core.files import writing
 from mmtune.evaluation.metrics.base import some
 from mmtune.evaluation.protocol import Suite, load_suite
+from mmtune.experiments.estimate import Progress, expect
 from mmtune.parts.fingerprint import model_hash, start_hash
 from mmtune.run import RunOptions, check_name, check_scales, deciding, read_run
 from mmtune.training.signals import Signals
@@ -163,6 +163,8 @@ def run_sweep(
         open_run(run, resume=True)
     _check_bases(runs, options)
     evaluate_suite(options.base, suite, base, options.split, batch_size=options.batch_size)
+    evaluations = 1 + 2 * options.attribution + len(options.scales)
+    print(expect(runs, base, evaluations, options.jobs), flush=True)
     if options.jobs == 1:
         faults = _run_in_turn(runs, options, suite, signals)
     else:
@@ -217,12 +219,16 @@ def _run_in_turn(
     runs: list[RunOptions], options: SweepOptions, suite: Suite, signals: Signals | None
 ) -> list[Fault]:
     faults = []
+    progress = Progress(runs)
     for run in runs:
+        failed = False
         try:
             _run_one(run, options, suite, signals)
         except UserError as error:
             print(f"mmtune: {run.name} FAILED", file=sys.stderr)
             faults.append(Fault(str(error), run.name))
+            failed = True
+        progress.tell(run, failed)
     return faults
 
 
@@ -232,8 +238,8 @@ def _run_side_by_side(runs: list[RunOptions], options: SweepOptions, suite: Suit
         logs.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the processes when they start
-    started = time.monotonic()
     faults = []
+    progress = Progress(runs)
     # Spawned, not forked: a process that has used threads cannot be forked safely.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, context, initializer=_leave_to_parent) as pool:
@@ -241,15 +247,11 @@ def _run_side_by_side(runs: list[RunOptions], options: SweepOptions, suite: Suit
             pool.submit(_run_logged, run, options, suite, logs / f"{run.name}.log"): run for run in runs
         }
         try:
-            for done, future in enumerate(as_completed(waiting), start=1):
-                name = waiting[future].name
-                failure = future.result()
-                if failure:
-                    faults.append(Fault(failure, name, f"See {logs / name}.log."))
-                minutes = (time.monotonic() - started) / 60
-                left = minutes / done * (len(runs) - done)
-                state = "FAILED" if failure else "done"
-                print(f"{done} of {len(runs)}: {name} {state}; about {left:.0f} min left", flush=True)
+            for future in as_completed(waiting):
+                run = waiting[future]
+                if failure := future.result():
+                    faults.append(Fault(failure, run.name, f"See {logs / run.name}.log."))
+                progress.tell(run, failed=bool(failure))
         except BrokenProcessPool:
             raise UserError(
                 "one of the processes was killed, perhaps for want of memory",

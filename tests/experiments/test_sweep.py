@@ -237,7 +237,7 @@ def train(run, options, suite, signals):
 
 sweep._run_one = train
 if __name__ == "__main__":
-    runs = [SimpleNamespace(name=name, seconds=i % 2) for i, name in enumerate("abcd")]
+    runs = [SimpleNamespace(name=name, folder=here / name, seconds=i % 2) for i, name in enumerate("abcd")]
     with Signals("mmtune sweep"):
         sweep._run_side_by_side(runs, SimpleNamespace(jobs=2), None, here / "logs")
 """

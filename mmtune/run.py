@@ -15,10 +15,12 @@ from mmtune.core.config import Report, Source, chosen_by, leaves, parse, to_dict
 from mmtune.core.errors import UserError
 from mmtune.core.table import nearest
 from mmtune.data.cards import load_card
-from mmtune.parts.spec import PARTS, ModelOptions
+from mmtune.parts.spec import PARTS, ModelOptions, quantization, saved_part
 from mmtune.tuning.base import TUNERS
 from mmtune.tuning.frozen import FrozenOptions
 from mmtune.tuning.kl import KlOptions
+
+SPLITTING = ("zero3", "fsdp2")  # engines under which no process has a frozen weight whole
 
 
 @dataclass
@@ -248,8 +250,37 @@ class RunOptions:
             if self.evaluate and getattr(self.evaluate, name) and not whole:
                 mend = f"Start from model.base alone, or leave {name} out."
                 fault(f"evaluate.{name}", "there is no base model to go back to", mend)
+        self._check_quantized(fault)
         if not 0 <= self.seed < 2**32:
             fault("seed", f"expected 0 to {2**32 - 1}, found {self.seed}")
+
+    def _check_quantized(self, fault: Report) -> None:
+        """What a language model held in 4 or 8 bits excludes."""
+        try:
+            held = quantization(self.model)
+            adapted = bool(self.model.base and saved_part(self.model.base, "language").get("adapter"))
+        except UserError:  # a broken base, of which is told elsewhere
+            return
+        if not held:
+            return
+        if adapted and not self.model.language:
+            mend = f"Merge it first: mmtune export {self.model.base} DST --to merged."
+            fault("model.base", f"its language model has an adapter, which {held} would round away", mend)
+        blocks: list[tuple[str, Stage | RunOptions]] = [("", self)]
+        if self.stages:
+            blocks = [(f"stages.{i}.", stage) for i, stage in enumerate(self.stages)]
+        for number, (key, block) in enumerate(blocks, start=1):
+            tuner = block.tune.language.tuner if block.tune else "frozen"
+            if tuner == "full":
+                mend = "Use lora or lorasculpt, or leave 'quantize' out."
+                fault(f"{key}tune.language.tuner", f"weights held in {held} cannot train", mend)
+            elif tuner != "frozen" and number < len(blocks):
+                what = f"the next stage starts with this adapter merged, which {held} would round away"
+                mend = "Adapt it in the last stage, or make two runs with mmtune export between them."
+                fault(f"{key}tune.language.tuner", what, mend)
+            if block.train and block.train.engine in SPLITTING:
+                what = f"{block.train.engine} splits frozen weights, and those held in {held} don't split"
+                fault(f"{key}train.engine", what, "Use ddp, zero1 or zero2: there a 4-bit base is whole.")
 
     @property
     def folder(self) -> Path:

@@ -15,7 +15,7 @@ core.errors core.processes core.files core.table core.config core.versions
 data.chat data.image data.samples data.batches data.cards data.tiny data.tiny_tokenizer
 parts.spec parts.fingerprint parts.loading parts.vision.base parts.vision.clip
 parts.connector.base parts.connector.linear parts.connector.mlp
-parts.language parts.model parts.between
+parts.quantized parts.language parts.model parts.between
 tuning.shards tuning.base tuning.penalty tuning.joined
 tuning.frozen tuning.full tuning.lora tuning.sculpt tuning.kl
 evaluation.metrics.base evaluation.metrics.repair

@@ -7,7 +7,17 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("mmtune", "torch", "transformers", "peft", "accelerate", "tokenizers", "pillow", "numpy")
+PACKAGES = (
+    "mmtune",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "tokenizers",
+    "pillow",
+    "numpy",
+)
 
 
 def versions() -> dict[str, str]:

@@ -13,6 +13,8 @@ from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, shipped
 from mmtune.parts.fingerprint import changed_parts, model_hash
 
+QUANTIZED_BASE = "base"
+"""Where in a run's folder its base lies as a model folder, if the run itself has it quantised."""
 VARIANTS = {"language": "language_off", "connector": "connector_restored", "vision": "vision_restored"}
 """What a report calls the model with a part put back."""
 
@@ -77,4 +79,6 @@ def _named_by_run(model: Path) -> Path | None:
     tree = Source(config).tree
     described = tree.get("model") if isinstance(tree, dict) else None
     named = described.get("base") if isinstance(described, dict) else None
+    if isinstance(described, dict) and described.get("quantize"):  # then the base is in the run's own folder
+        return config.parent / QUANTIZED_BASE
     return Path(named) if isinstance(named, str) else None

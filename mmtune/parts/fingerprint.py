@@ -23,16 +23,17 @@ WHOLE = 64 * 2**20  # bytes up to which a file is hashed as a whole
 EDGE = 2**20
 
 
-def model_hash(folder: str | Path) -> str:
+def model_hash(folder: str | Path, quantize: str | None = None) -> str:
     """The first 16 hex digits of a SHA-256 of the model: its config, and every part, tokenizer and adapter.
 
     What the config refers to outside the folder counts by its content, so a project may be moved as a whole.
     A file above 64 MiB counts by its name, its size, its safetensors header and the first and last MiB of
-    its data: training changes these too. A model of the hub counts by its name.
+    its data: training changes these too. A model of the hub counts by its name. quantize: in what its
+    language model is to be held, instead of what the config says.
     Raises UserError where the folder is no model.
     """
     folder = shipped(folder)
-    config = _config(folder)
+    config = quantized_config(folder, quantize) if quantize else _config(folder)
     parts = {part: {**config[part], **_contents(folder, config[part])} for part in PARTS}
     described = json.dumps({**config, **parts}, sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()[:16]
@@ -53,7 +54,7 @@ def same_weights(folder: str | Path, base: str | Path, part: str) -> bool:
     """Whether a part, its adapter apart, is the base's own, which has no adapter. Raises UserError."""
     folders = shipped(folder), shipped(base)
     own, its = (_contents(each, _config(each)[part]) for each in folders)
-    return "adapter" not in its and own.get("weights") == its.get("weights")
+    return "adapter" not in its and all(own.get(key) == its.get(key) for key in ("weights", "quantize"))
 
 
 def start_hash(model: ModelOptions) -> str | None:
@@ -62,7 +63,13 @@ def start_hash(model: ModelOptions) -> str | None:
     None where there is no such folder: the run starts from nothing, or replaces a part of its base.
     """
     replaced = [part for part in PARTS if getattr(model, part) is not None]
-    return model_hash(model.base) if model.base and not replaced else None
+    return model_hash(model.base, model.quantize) if model.base and not replaced else None
+
+
+def quantized_config(folder: str | Path, quantize: str) -> dict[str, Any]:
+    """The config of a model folder with its language model held in nf4 or int8. Raises UserError."""
+    config = _config(shipped(folder))
+    return {**config, "language": {**config["language"], "quantize": quantize}}
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -75,8 +82,9 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _contents(folder: Path, part: dict[str, Any]) -> dict[str, str | list[list[str]]]:
-    """What a part's config refers to, by content."""
-    return {
+    """What a part's config refers to, by content, and in what its weights are held."""
+    held = {"quantize": part["quantize"]} if part.get("quantize") else {}
+    return held | {
         key: _content(folder.resolve() / name, name)
         for key, name in part.items()
         if key in REFERENCES and name

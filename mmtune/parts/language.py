@@ -12,7 +12,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from mmtune.core.errors import UserError
-from mmtune.parts.loading import from_pretrained, new_config, own_weights, refusals
+from mmtune.parts.loading import from_pretrained, load_config, new_config, own_weights, refusals
+from mmtune.parts.quantized import dequantize, forget_quantization, load_quantized
 
 
 class LanguageModel(nn.Module):
@@ -32,9 +33,22 @@ class LanguageModel(nn.Module):
             )
 
     @classmethod
-    def load(cls, weights: str, tokenizer: str | None, dtype: torch.dtype) -> LanguageModel:
-        """From a folder or hub name; the tokenizer from `tokenizer` or, by default, from there too."""
+    def load(
+        cls, weights: str, tokenizer: str | None, dtype: torch.dtype, quantize: str | None = None
+    ) -> LanguageModel:
+        """From a folder or hub name; the tokenizer from `tokenizer` or, by default, from there too.
+
+        quantize: nf4 or int8, for the linear layers but the head. Raises UserError.
+        """
         tokens = load_tokenizer(tokenizer or weights)
+        if getattr(load_config(weights), "quantization_config", None):
+            raise UserError(
+                "its weights are stored quantised",
+                where=weights,
+                mend="Name the model in full precision; 'quantize: nf4' quantises it as it is loaded.",
+            )
+        if quantize:
+            return cls(load_quantized(AutoModelForCausalLM, weights, quantize, dtype), tokens)
         return cls(from_pretrained(AutoModelForCausalLM, weights, dtype=dtype), tokens)
 
     @classmethod
@@ -65,6 +79,11 @@ class LanguageModel(nn.Module):
         """Writes model and tokenizer as transformers does. tensors: in place of the model's own."""
         self.hf.save_pretrained(folder, state_dict=own_weights(self.hf, tensors))
         self.tokenizer.save_pretrained(folder)
+
+    def dequantize(self) -> None:
+        """Holds quantised layers as plain fp32 ones of the same values from now on."""
+        dequantize(self.hf)
+        forget_quantization(self.hf)
 
     @property
     def pad_id(self) -> int:

@@ -23,7 +23,7 @@ from mmtune.data.batches import Batch
 from mmtune.data.chat import IGNORE, IMAGE_ID, Chat, Turn
 from mmtune.data.image import ImageTransform
 from mmtune.parts.connector.base import Connector
-from mmtune.parts.fingerprint import FOREIGN
+from mmtune.parts.fingerprint import FOREIGN, quantized_config
 from mmtune.parts.language import LanguageModel
 from mmtune.parts.loading import load_adapter, torch_dtype
 from mmtune.parts.spec import (
@@ -34,6 +34,7 @@ from mmtune.parts.spec import (
     LanguageOptions,
     ModelOptions,
     VisionOptions,
+    quantization,
 )
 from mmtune.parts.vision.base import VisionTower
 
@@ -178,6 +179,8 @@ class VisionLanguageModel(nn.Module):
         for name in PARTS:
             options = to_dict(getattr(self.options, name))
             options.pop("config", None)
+            if options.get("quantize", "") is None:
+                del options["quantize"]
             if options.get("weights") is None:
                 self.part(name).save(folder / name, self._named_by(name, tensors))  # type: ignore[operator]
                 options.pop("tokenizer", None)
@@ -211,16 +214,20 @@ class VisionLanguageModel(nn.Module):
         dtype: str = "float32",
         merge: bool = False,
         instead: Mapping[str, str | Path] | None = None,
+        dequantize: bool = False,
     ) -> VisionLanguageModel:
         """Restores a model folder, adapters included, in evaluation mode.
 
         Its config alone is read; the folder's name means nothing. merge: adapters are folded into the
-        weights. instead: parts that are taken from another model folder, adapter and all.
+        weights, and a quantised part is dequantised for it. instead: parts that are taken from another model
+        folder, adapter and all. dequantize: a quantised part is held in fp32, with the values it has.
         Raises UserError where a file is missing or broken.
         """
         places = dict.fromkeys(PARTS, folder) | dict(instead or {})
         parts = {name: getattr(read_options(place), name) for name, place in places.items()}
         model = assemble(ModelOptions(base=None, dtype=dtype, **parts))  # type: ignore[arg-type]
+        if dequantize or merge:
+            model.dequantize()
         for name, place in places.items():
             if adapter := _adapters(place).get(name):
                 model.load_adapter(name, adapter)
@@ -232,8 +239,22 @@ class VisionLanguageModel(nn.Module):
         """Attaches a saved peft adapter to a part, through peft alone."""
         self.adapters[name] = load_adapter(self.core(name), folder)
 
+    def dequantize(self) -> None:
+        """Holds a quantised language model in fp32, with the values it has; it is saved with the model from
+        then on.
+        """
+        assert self.options.language
+        if self.options.language.quantize:
+            self.language.dequantize()
+            self.options.language.quantize = self.options.language.weights = None
+
     def merge_adapter(self, name: str) -> None:
-        """Folds a part's adapter into its weights; the part is saved with the model from then on."""
+        """Folds a part's adapter into its weights; the part is saved with the model from then on.
+
+        Raises UserError for a quantised part: the sum would be rounded to 4 or 8 bits.
+        """
+        if quantize := getattr(getattr(self.options, name), "quantize", None):
+            raise _unmergeable(quantize, f"the {name}'s adapter")
         self.adapters.pop(name).merge_and_unload()
         getattr(self.options, name).weights = None
 
@@ -242,7 +263,8 @@ def assemble(options: ModelOptions, exact: Collection[str] = ()) -> VisionLangua
     """A model from its options: a base folder, parts, or a base with some parts replaced.
 
     exact: parts that are held in fp32 whatever `dtype` says, since their own weights will train. So is a
-    part whose adapter is merged: bf16 would round most of a small update away (62 % of one, measured).
+    part whose adapter is merged: bf16 would round most of a small update away (62 % of one, measured), and
+    one that is to be quantised is refused.
 
     Raises UserError where parts don't fit or weights cannot be loaded.
     """
@@ -251,7 +273,12 @@ def assemble(options: ModelOptions, exact: Collection[str] = ()) -> VisionLangua
         adapters = _adapters(options.base)
         given = {name: getattr(options, name) for name in PARTS if getattr(options, name) is not None}
         merged = adapters.keys() - given.keys()
-        described = replace(base, dtype=options.dtype, attention=options.attention, **given)
+        described = replace(
+            base, dtype=options.dtype, attention=options.attention, quantize=options.quantize, **given
+        )
+        quantize = quantization(described)
+        if quantize and "language" in merged:
+            raise _unmergeable(quantize, options.base)
         model = assemble(described, {*exact, *merged})
         for name in sorted(merged):
             model.load_adapter(name, adapters[name])
@@ -260,7 +287,8 @@ def assemble(options: ModelOptions, exact: Collection[str] = ()) -> VisionLangua
     assert options.vision and options.connector and options.language
     dtypes = {part: torch.float32 if part in exact else torch_dtype(options.dtype) for part in PARTS}
     vision = _vision(options.vision, dtypes["vision"])
-    language = _language(options.language, dtypes["language"])
+    held = replace(options.language, quantize=quantization(options))
+    language = _language(held, dtypes["language"])
     for part in (vision, language):
         part.hf.set_attn_implementation(options.attention)  # type: ignore[union-attr,operator]
     connector = CONNECTORS.load(options.connector.kind)(vision.width, language.width)
@@ -268,7 +296,7 @@ def assemble(options: ModelOptions, exact: Collection[str] = ()) -> VisionLangua
     if options.connector.weights is not None:
         connector.load(Path(options.connector.weights))
     vision_options = replace(options.vision, config=None)
-    language_options = replace(options.language, config=None)
+    language_options = replace(held, config=None)
     connector_options = replace(options.connector)
     made = ModelOptions(
         None, vision_options, connector_options, language_options, options.dtype, options.attention
@@ -293,11 +321,25 @@ def load_part(
     else:
         part = (_vision if name == "vision" else _language)(options, torch_dtype(dtype))
         part.hf.set_attn_implementation(like.options.attention)
+    if merge and getattr(options, "quantize", None):
+        part.dequantize()
     if adapter := _adapters(folder).get(name):
         attached = load_adapter(getattr(part, "hf", part), adapter)
         if merge:
             attached.merge_and_unload()
     return part.eval()
+
+
+def write_quantized(base: str | Path, quantize: str, folder: Path) -> None:
+    """Writes the model folder that is `base` with its language model held in nf4 or int8: a config alone,
+    which says where the weights come from. Raises UserError.
+    """
+    origin, config = shipped(base), quantized_config(base, quantize)
+    for name in PARTS:
+        for key in (REFERENCES | {"adapter"}) & config[name].keys():
+            if config[name][key]:
+                config[name][key] = _relative(_resolved(config[name][key], origin), folder)
+    write_json(folder / "config.json", config)
 
 
 def read_options(folder: str | Path) -> ModelOptions:
@@ -334,9 +376,17 @@ def _vision(options: VisionOptions, dtype: torch.dtype) -> VisionTower:
 
 def _language(options: LanguageOptions, dtype: torch.dtype) -> LanguageModel:
     if options.weights is not None:
-        return LanguageModel.load(options.weights, options.tokenizer, dtype)
+        return LanguageModel.load(options.weights, options.tokenizer, dtype, options.quantize)
     assert options.config is not None and options.tokenizer is not None
     return LanguageModel.create(options.config, options.tokenizer).to(dtype)
+
+
+def _unmergeable(quantize: str, where: str) -> UserError:
+    return UserError(
+        f"an adapter would have to be merged into weights held in {quantize}, which would round it away",
+        where=where,
+        mend="Merge it in full precision first: mmtune export DIR DST --to merged.",
+    )
 
 
 def _adapters(folder: str | Path) -> dict[str, Path]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from mmtune.core.config import Report
-from mmtune.core.files import shipped
+from mmtune.core.files import read_json, shipped
 from mmtune.core.table import Table, nearest
 from mmtune.data.chat import FORMATS
 
 PARTS = ("vision", "connector", "language")
+Quantization = Literal["nf4", "int8"]
 
 TOWERS = Table("vision tower", {"clip": "mmtune.parts.vision.clip:ClipTower"})
 CONNECTORS = Table(
@@ -58,12 +60,16 @@ class ConnectorOptions:
 
 @dataclass
 class LanguageOptions:
-    """A causal language model of transformers: `weights`, or from scratch `config` with `tokenizer`."""
+    """A causal language model of transformers: `weights`, or from scratch `config` with `tokenizer`.
+
+    quantize: in what its linear layers but the head are held, through bitsandbytes.
+    """
 
     weights: str | None = None
     config: dict[str, Any] | None = None
     tokenizer: str | None = None
     chat: str = "template"
+    quantize: Quantization | None = None
 
     def check(self, fault: Report) -> None:
         if self.chat not in FORMATS:
@@ -71,14 +77,18 @@ class LanguageOptions:
         _weights_or_config(self.weights, self.config, fault)
         if self.config is not None and self.tokenizer is None:
             fault("", "a language model from scratch needs a 'tokenizer'")
+        if self.config is not None and self.quantize:
+            fault("quantize", "a language model from scratch has to train, which quantised weights cannot")
+        _check_quantize(self.quantize, fault)
 
 
 @dataclass
 class ModelOptions:
     """A model folder as `base`, or the three parts; a part given beside `base` takes its place.
 
-    attention: transformers' implementation. On a CPU in bfloat16 the backward pass of sdpa is slow: a
-    training step of the tiny model takes 0.34 s with it and 0.18 s with eager.
+    quantize: the language model's linear layers but the head are held in 4 bits (nf4) or 8 (int8); `weights`
+    are quantised as they are loaded. attention: transformers' implementation. On a CPU in bfloat16 the
+    backward pass of sdpa is slow: a training step of the tiny model takes 0.34 s with it, 0.18 s with eager.
     """
 
     base: str | None = None
@@ -87,6 +97,7 @@ class ModelOptions:
     language: LanguageOptions | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["sdpa", "eager"] = "sdpa"
+    quantize: Quantization | None = None
 
     def check(self, fault: Report) -> None:
         if self.base is None:
@@ -99,6 +110,33 @@ class ModelOptions:
             fault("base", f"there is no folder {self.base}", "Name a folder that mmtune saved a model to.")
         elif not os.path.isfile(shipped(self.base) / "config.json"):
             fault("base", f"{self.base} holds no config.json", "Name a folder that mmtune saved a model to.")
+        _check_quantize(self.quantize, fault)
+        if self.language and self.language.quantize not in (None, self.quantize or self.language.quantize):
+            what = f"{self.quantize}, but language.quantize is {self.language.quantize}"
+            fault("quantize", what, "Give one of the two.")
+
+
+def quantization(model: ModelOptions) -> Any:
+    """In what the language model's linear layers are to be held, nf4 or int8; None: as they are stored.
+
+    Raises UserError for a base whose config cannot be read.
+    """
+    if model.quantize or model.language or model.base is None:
+        return model.quantize or (model.language.quantize if model.language else None)
+    language = saved_part(model.base, "language")
+    return language.get("quantize")
+
+
+def saved_part(base: str, part: str) -> dict[str, Any]:
+    """What the config of a model folder says of one part; nothing where it is broken."""
+    config = read_json(shipped(base) / "config.json")
+    described = config.get(part) if isinstance(config, dict) else None
+    return described if isinstance(described, dict) else {}
+
+
+def _check_quantize(quantize: str | None, fault: Report) -> None:
+    if quantize and find_spec("bitsandbytes") is None:
+        fault("quantize", "bitsandbytes is not installed", "pip install 'mmtune[quantized]'")
 
 
 def _weights_or_config(weights: str | None, config: dict[str, Any] | None, fault: Report) -> None:

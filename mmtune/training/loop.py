@@ -17,8 +17,9 @@ from mmtune.core.files import read_json, remove_partials, write_json
 from mmtune.core.processes import said_once, wait
 from mmtune.core.versions import commit, versions
 from mmtune.data.batches import Batch, collate_or_error
+from mmtune.evaluation.restore import QUANTIZED_BASE
 from mmtune.parts.fingerprint import start_hash
-from mmtune.parts.model import VisionLanguageModel, assemble
+from mmtune.parts.model import VisionLanguageModel, assemble, write_quantized
 from mmtune.parts.spec import PARTS, ModelOptions
 from mmtune.run import RunOptions, Stage, config_hash, data_hash
 from mmtune.training.checkpoint import (
@@ -71,6 +72,8 @@ def train(options: RunOptions, resume: bool = False, signals: Signals | None = N
     if open_processes() == 0:
         open_run(options, resume)
         remove_partials(options.folder)
+        if options.model.base and options.model.quantize:
+            write_quantized(options.model.base, options.model.quantize, options.folder / QUANTIZED_BASE)
     wait()
     signals = signals or Signals()
     base: ModelOptions = options.model

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from math import prod
 from typing import TYPE_CHECKING, Literal
 
 from mmtune.core.config import Report
@@ -175,19 +176,25 @@ def rows_of(
     """A row for each module that holds parameters of its own; `penalised`: the modules with a penalty."""
     rows = []
     for name, own in own_parameters(core):
-        trained = sum(p.numel() for p in own if p.requires_grad)
+        trained = sum(entries(p) for p in own if p.requires_grad)
         rows.append(
             Row(
                 part,
                 name,
                 tuner,
-                sum(p.numel() for p in own),
+                sum(map(entries, own)),
                 trained,
                 lr if trained else None,
                 regularised=name in penalised,
             )
         )
     return rows
+
+
+def entries(parameter: nn.Parameter) -> int:
+    """How many weights it holds: bitsandbytes packs two of 4 bits into one byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else prod(state.shape)
 
 
 def own_parameters(core: nn.Module) -> Iterator[tuple[str, list[nn.Parameter]]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from mmtune.core.config import Report
+from mmtune.core.errors import UserError
 from mmtune.tuning.base import PenaltyOptions, Row, Tuner, rows_of
 
 if TYPE_CHECKING:
@@ -48,6 +49,12 @@ class FullTuner(Tuner):
         from mmtune.tuning.joined import DriftPenalty
 
         core = model.core(part)
+        if quantize := getattr(getattr(model.options, part), "quantize", None):
+            raise UserError(
+                f"weights held in {quantize} cannot train",
+                where=f"tune.{part}.tuner",
+                mend="Use lora or lorasculpt, or leave 'quantize' out.",
+            )
         core.requires_grad_(True).float()
         for name, parameter in core.named_parameters():
             if name.startswith(getattr(model.part(part), "unused", ())):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mmtune.core.config import Report
 from mmtune.core.errors import UserError
-from mmtune.tuning.base import PenaltyOptions, Row, Tuner, matching, own_parameters
+from mmtune.tuning.base import PenaltyOptions, Row, Tuner, entries, matching, own_parameters
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,8 @@ class LoraTuner(Tuner):
         core = model.core(part)
         core.requires_grad_(False)
         targets = find_targets(core, options.targets, f"tune.{part}.targets")
-        shapes = {name: core.get_parameter(f"{name}.weight").shape for name in targets}
+        layers: Any = {name: core.get_submodule(name) for name in targets}
+        shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
         too_small = [name for name in targets if min(shapes[name]) < options.rank]
         if too_small:
             raise UserError(
@@ -116,7 +117,7 @@ class LoraTuner(Tuner):
 
     def _rows(self, part: str, core: nn.Module) -> list[Row]:
         pruned = self.options.tuner == "lorasculpt"
-        sizes = {name: sum(p.numel() for p in own) for name, own in own_parameters(core)}
+        sizes = {name: sum(map(entries, own)) for name, own in own_parameters(core)}
         rows = []
         for name in self.layers:
             trained = sum(p.numel() for p in self.pair(name))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
+from functools import partial
 from logging import ERROR, getLogger
 from typing import Any
 
@@ -40,6 +42,8 @@ def load_quantized(cls: Any, weights: str, kind: str, dtype: torch.dtype) -> Any
     for talkative in ("autograd._functions", "backends.cpu.ops"):
         # At each call: fp32 becomes fp16 before it becomes int8. At import: a faster kernel is not there.
         getLogger(f"bitsandbytes.{talkative}").setLevel(ERROR)
+    # peft asks a quantised model for it.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated")
     place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     model = from_pretrained(
         cls, weights, dtype=torch.float32, quantization_config=config, device_map={"": place}
@@ -64,9 +68,11 @@ def full_weight(layer: nn.Module) -> torch.Tensor:
 
     weight: Any = layer.weight
     if (state := getattr(weight, "quant_state", None)) is not None:
-        exact = copy.copy(state)
-        exact.dtype = torch.float32
-        return functional.dequantize_4bit(weight.data, exact)
+        # As one row: the kernel for the CPU begins a new block with each row, where none begins if the width
+        # is no multiple of a block, and gives wrong values.
+        flat = copy.copy(state)
+        flat.dtype, flat.shape = torch.float32, torch.Size((1, state.shape.numel()))
+        return functional.dequantize_4bit(weight.data, flat).view(state.shape)
     return functional.int8_vectorwise_dequant(weight.data, weight.SCB)
 
 
@@ -103,6 +109,15 @@ def _settle(layer: Any, dtype: torch.dtype) -> None:
         # On a CPU with AVX512-BF16 the first evaluation would repack the weight with bf16 scales and compute
         # in bf16, and it fails where a layer's width is no multiple of 64.
         layer.support_avx512bf16_for_cpu = False
+        if layer.weight.device.type == "cpu" and layer.in_features % state.blocksize:
+            layer.forward = partial(_linear, layer)
     else:
         layer.init_8bit_state()  # would take the scales from the weight, where penalty and merging look
         layer.weight.SCB = layer.state.SCB
+
+
+def _linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """What the layer computes, without the kernel that `full_weight` tells of."""
+    dtype = layer.compute_dtype
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return nn.functional.linear(x.to(dtype), full_weight(layer).to(dtype), bias).to(x.dtype)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from functools import partial
 from logging import ERROR, getLogger
 from typing import Any
@@ -42,8 +41,6 @@ def load_quantized(cls: Any, weights: str, kind: str, dtype: torch.dtype) -> Any
     for talkative in ("autograd._functions", "backends.cpu.ops"):
         # At each call: fp32 becomes fp16 before it becomes int8. At import: a faster kernel is not there.
         getLogger(f"bitsandbytes.{talkative}").setLevel(ERROR)
-    # peft asks a quantised model for it.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated")
     place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     model = from_pretrained(
         cls, weights, dtype=torch.float32, quantization_config=config, device_map={"": place}

@@ -116,10 +116,10 @@ def watch(look: Look) -> None:
         SculptTuner,
         "after_step",
         "prune",
-        lambda self, step, _: "the prune" if step == self.prune_step else None,
+        lambda self, step: "the prune" if step == self.prune_step else None,
     )
     around(loop, "_train_stage", "stage", lambda *args: f"stage {args[1]}")
-    around(loop, "load_checkpoint", "resume", lambda *_: "loading a checkpoint")
+    around(loop, "load_weights", "resume", lambda *_: "loading a checkpoint")
     around(loop, "cut_metrics", "resume", lambda *_: "cutting metrics.jsonl")
 
 

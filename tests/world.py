@@ -20,6 +20,8 @@ from mmtune.evaluation.metrics.base import Question
 from mmtune.parts.model import assemble
 from mmtune.parts.spec import ConnectorOptions, LanguageOptions, ModelOptions, VisionOptions
 from mmtune.run import RunOptions, read_run
+from mmtune.tuning.base import Tuner
+from mmtune.tuning.shards import Shards
 
 SIZES = Sizes(
     train=40, text=12, val=5, test=12, downstream_train=40, downstream_val=5, downstream_test=12, simple=8
@@ -130,3 +132,14 @@ def greatest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
     assert one.keys() == other.keys()
     assert one
     return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+def penalty_of(tuner: Tuner) -> tuple[torch.Tensor, dict[torch.nn.Parameter, torch.Tensor]]:
+    """A tuner's weighted penalty on one process, and what would join each parameter's gradient."""
+    if tuner.weight_penalty is not None and not hasattr(tuner, "shards"):
+        tuner.bind(Shards())
+    value = tuner.before_backward()
+    assert value is not None and tuner.weight_penalty is not None
+    joining = dict(tuner.weight_penalty.ready)
+    tuner.weight_penalty.ready.clear()
+    return value, joining

@@ -33,7 +33,7 @@ def tell(text: str) -> None:
 
 @contextmanager
 def said_once() -> Iterator[None]:
-    """A context for what every process finds alike: of a mistake in it the first one tells, the others end."""
+    """A context for what every process finds alike: of a mistake the first one tells, the others end."""
     try:
         yield
     except UserError:

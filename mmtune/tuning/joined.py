@@ -149,8 +149,8 @@ class DriftPenalty(WeightPenalty):
         if not self.pieces:
             for name, initial in self.initial.items():
                 mask = retention_mask(initial, self.options.omega, self.options.kind == "constant")
-                square = mask.squared(slice(None))
                 parameter = self.current(name)
+                square = mask.squared(slice(None), torch.promote_types(parameter.dtype, torch.float32))
                 self.pieces[name] = shards.piece(parameter, initial), shards.piece(parameter, square)
         drifts, weighted = [], []
         for name, (initial, square) in self.pieces.items():

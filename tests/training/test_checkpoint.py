@@ -34,7 +34,7 @@ from tests.world import (
     trained,
 )
 
-# Dropout draws from the global random stream, so a stream that is not restored shows in the losses.
+# Dropout draws at random, so a resumed step that drew other numbers would show in the losses.
 TUNE = {
     "vision": FROZEN,
     "connector": {**FULL, "penalty": PENALTY},
@@ -185,7 +185,7 @@ def test_a_checkpoint_holds_all_that_was_trained(whole: RunOptions) -> None:
     state = json.loads((folder / "training/state.json").read_text())
     assert (state["step"], state["stage"], state["stage_step"]) == (4, 1, 4)
     assert state["versions"]["torch"] == torch.__version__.partition("+")[0] or state["versions"]["torch"]
-    assert {"config", "data", "rng"} <= state.keys()
+    assert {"config", "data"} <= state.keys()
     moments = load_file(folder / "training/optimizer.safetensors")
     tensors = load_file(folder / "training/tuners.safetensors")
     adapter = load_file(folder / "adapter/language/adapter_model.safetensors")

@@ -25,6 +25,7 @@ from mmtune.training import loop
 from mmtune.training.loop import train
 from mmtune.tuning.full import FullTuner
 from mmtune.tuning.sculpt import SculptTuner
+from mmtune.tuning.shards import Shards
 from tests.world import (
     FROZEN,
     FULL,
@@ -143,7 +144,7 @@ def test_activation_checkpointing_is_switched_on(
 ) -> None:
     seen = {}
 
-    def look(model: VisionLanguageModel, folder: Path, state: dict[str, Any]) -> None:
+    def look(model: VisionLanguageModel, *_: Any) -> None:
         seen["on"] = [model.core(part).is_gradient_checkpointing for part in ("vision", "language")]
 
     monkeypatch.setattr(loop, "save_model", look)
@@ -225,13 +226,13 @@ def test_frozen_is_bit_identical_trained_is_fp32_pruned_is_zero(
     tuners: dict[str, Any] = {}
     save, attach = loop.save_model, loop._attach
 
-    def keep(model: VisionLanguageModel, folder: Path, state: dict[str, Any]) -> None:
+    def keep(model: VisionLanguageModel, shards: Shards, folder: Path, state: dict[str, Any]) -> None:
         kept.append((model, state))
-        save(model, folder, state)
+        save(model, shards, folder, state)
 
-    def remember(model: VisionLanguageModel, made: dict[str, Any], folder: Path, number: int) -> Any:
+    def remember(model: VisionLanguageModel, made: dict[str, Any], *more: Any) -> Any:
         tuners.update(made)
-        return attach(model, made, folder, number)
+        return attach(model, made, *more)
 
     monkeypatch.setattr(loop, "save_model", keep)
     monkeypatch.setattr(loop, "_attach", remember)

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mmtune.core.errors import UserError
 from mmtune.data.batches import Example, batch_order
 from mmtune.parts import VisionLanguageModel
 from mmtune.run import ReplayOptions, TrainOptions, data_hash
-from mmtune.training.plan import count_replay, draw_replay, make_plan, read_replay
+from mmtune.training.plan import (
+    count_replay,
+    count_supervised,
+    draw_replay,
+    idle_example,
+    make_plan,
+    read_replay,
+    shared,
+)
 from tests.world import run_options
 
 
@@ -34,8 +45,7 @@ def test_without_replay_a_plan_is_the_epochs_in_their_order() -> None:
     own = examples(23)
     plan = make_plan(own, TrainOptions(batch_size=8, micro_batch_size=4, epochs=2), seed=5)
     order = [batch for epoch in (0, 1) for batch in batch_order(own, 8, 5, epoch)]
-    assert [[i for micro in step for i in micro] for step in plan] == order
-    assert max(len(micro) for step in plan for micro in step) == 4
+    assert plan == order
 
 
 def test_every_epoch_has_all_of_its_own_and_other_replayed_ones() -> None:
@@ -46,7 +56,7 @@ def test_every_epoch_has_all_of_its_own_and_other_replayed_ones() -> None:
     assert len(plan) == 5 * 6  # 48 samples are 6 batches
     dealt: Counter[int] = Counter()
     for epoch in range(5):
-        seen = [i for step in plan[6 * epoch : 6 * epoch + 6] for micro in step for i in micro]
+        seen = [i for batch in plan[6 * epoch : 6 * epoch + 6] for i in batch]
         assert [i for i in sorted(seen) if i < 38] == list(range(38))
         replayed = [i - 38 for i in seen if i >= 38]
         assert sorted(replayed) == sorted(draw_replay(25, 10, 0, epoch))
@@ -58,7 +68,7 @@ def test_every_epoch_has_all_of_its_own_and_other_replayed_ones() -> None:
 def test_replay_is_mixed_into_the_batches() -> None:
     """About ten in every batch of forty."""
     plan = make_plan(examples(300), TrainOptions(batch_size=40, epochs=1), 0, examples(300, 500), 100)
-    counts = [sum(i >= 300 for micro in step for i in micro) for step in plan]
+    counts = [sum(i >= 300 for i in batch) for batch in plan]
     assert sum(counts) == 100 and min(counts) >= 2 and max(counts) <= 22
 
 
@@ -116,3 +126,22 @@ def test_what_is_replayed_counts_in_the_hash_of_the_data(world: Path, tmp_path: 
     (stage,) = replaying(world, tmp_path).all_stages()
     assert len(stage.all_data) == 2
     assert data_hash(stage.all_data) != data_hash(stage.data)
+
+
+@given(size=st.integers(1, 40), micro=st.none() | st.integers(1, 9), count=st.integers(1, 5))
+def test_processes_share_a_batch(size: int, micro: int | None, count: int) -> None:
+    """Every sample is taken once, all have as many micro-batches, and none is larger than it may be."""
+    batch = list(range(100, 100 + size))
+    settings = TrainOptions(batch_size=size, micro_batch_size=micro, steps=1)
+    shares = [shared(batch, settings, rank, count, idle=-1) for rank in range(count)]
+    assert len({len(share) for share in shares}) == 1
+    taken = [i for share in shares for micros in share for i in micros]
+    assert sorted(i for i in taken if i >= 0) == batch
+    assert max(len(micros) for share in shares for micros in share) <= (micro or math.ceil(size / count))
+    assert all(len(micros) == 1 for share in shares for micros in share if -1 in micros)
+    assert taken.count(-1) < count
+
+
+def test_an_idle_example_counts_nothing() -> None:
+    idle = idle_example(examples(5))
+    assert len(idle.ids) == 5 and count_supervised(idle) == 0 and idle.id == ""

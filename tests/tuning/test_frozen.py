@@ -21,7 +21,7 @@ def test_only_this_part_is_frozen(tmp_path: Path, part: str) -> None:
         assert {p.requires_grad for p in model.part(name).parameters()} == {name != part}
     assert sum(row.parameters for row in rows) == sum(p.numel() for p in model.part(part).parameters())
     assert all((row.part, row.tuner, row.trained, row.lr) == (part, "frozen", 0, None) for row in rows)
-    assert tuner.penalty() is None and tuner.state() == {} and tuner.densities() == {}
+    assert tuner.before_backward() is None and tuner.state() == {} and tuner.densities() == {}
 
 
 def test_each_tuners_name_is_its_options_tuner() -> None:

@@ -15,6 +15,7 @@ from mmtune.tuning.base import PenaltyOptions
 from mmtune.tuning.full import FullOptions
 from tests import tiny_models as tiny
 from tests.tuning import lorasculpt_reference as reference
+from tests.world import penalty_of
 
 
 @pytest.fixture
@@ -79,22 +80,20 @@ def test_what_a_tower_declares_unused_stays(
 def test_the_penalty_is_the_weighted_mean_over_matrices(model: VisionLanguageModel) -> None:
     tuner = penalised().make()
     tuner.attach(model, "connector")
-    start = tuner.penalty()
-    assert start is not None and start.item() == 0
+    start, joining = penalty_of(tuner)
+    assert start.item() == 0 and not any(gradient.any() for gradient in joining.values())
     matrices = [model.connector.get_parameter(f"linear_{i}.weight") for i in (1, 2)]
     initial = [matrix.detach().clone() for matrix in matrices]
     with torch.no_grad():
         for parameter in model.connector.parameters():  # the biases too: they must not count
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    found = tuner.penalty()
+    found, joining = penalty_of(tuner)
     expected = [reference.full_penalty(w, w0, 2.0) for w, w0 in zip(matrices, initial, strict=True)]
     mean = 0.3 * torch.stack(expected).mean()
-    assert found is not None
     torch.testing.assert_close(found.double(), mean, rtol=1e-5, atol=0)
-    for mine, theirs in zip(
-        torch.autograd.grad(found, matrices), torch.autograd.grad(mean, matrices), strict=True
-    ):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-8)
+    assert joining.keys() == set(matrices)
+    for matrix, theirs in zip(matrices, torch.autograd.grad(mean, matrices), strict=True):
+        torch.testing.assert_close(joining[matrix], theirs, rtol=1e-4, atol=1e-8)
 
 
 def test_a_constant_penalty_weighs_every_entry_alike(model: VisionLanguageModel) -> None:
@@ -109,8 +108,7 @@ def test_a_constant_penalty_weighs_every_entry_alike(model: VisionLanguageModel)
         reference.retention_mask(w0, 2.0).square().mean().sqrt() * (w.double() - w0.double()).norm()
         for w, w0 in zip(matrices, initial, strict=True)
     ]
-    found = tuner.penalty()
-    assert found is not None
+    found, _ = penalty_of(tuner)
     torch.testing.assert_close(found.double(), 0.3 * torch.stack(expected).mean(), rtol=1e-5, atol=0)
 
 
@@ -123,8 +121,7 @@ def test_a_penalty_falls_on_the_named_modules_alone(model: VisionLanguageModel) 
     with torch.no_grad():
         for parameter in model.connector.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    found = tuner.penalty()
-    assert found is not None
+    found, _ = penalty_of(tuner)
     expected = reference.full_penalty(weight, initial, 1.0)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
     with pytest.raises(UserError, match=r"'linear_2\.weight' is no module that trains here"):
@@ -136,7 +133,7 @@ def test_a_penalty_falls_on_the_named_modules_alone(model: VisionLanguageModel) 
 def test_no_penalty_unless_asked(model: VisionLanguageModel) -> None:
     tuner = FullOptions(lr=1e-3).make()
     tuner.attach(model, "connector")
-    assert tuner.penalty() is None and tuner.state() == {}
+    assert tuner.before_backward() is None and tuner.state() == {}
 
 
 def test_state_brings_back_where_training_began(model: VisionLanguageModel, tmp_path: Path) -> None:
@@ -150,10 +147,9 @@ def test_state_brings_back_where_training_began(model: VisionLanguageModel, tmp_
     other = VisionLanguageModel.from_pretrained(tmp_path / "final")
     resumed = penalised().make()
     resumed.attach(other, "connector")
-    before = resumed.penalty()
+    before, _ = penalty_of(resumed)
     resumed.load_state({name: tensor.clone() for name, tensor in tuner.state().items()})
-    after, expected = resumed.penalty(), tuner.penalty()
-    assert before is not None and after is not None and expected is not None
+    after, expected = penalty_of(resumed)[0], penalty_of(tuner)[0]
     assert before.item() == 0 and expected.item() > 0
     torch.testing.assert_close(after, expected)
 

@@ -17,6 +17,7 @@ from mmtune.tuning.base import PenaltyOptions
 from mmtune.tuning.lora import LoraOptions, LoraTuner
 from tests import tiny_models as tiny
 from tests.tuning import lorasculpt_reference as reference
+from tests.world import penalty_of
 
 PROJECTIONS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 PROJECTIONS += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
@@ -145,12 +146,11 @@ def test_factors_are_fp32_on_a_bf16_model(tmp_path: Path) -> None:
 
 def test_the_penalty_is_the_weighted_mean_over_layers(model: VisionLanguageModel) -> None:
     tuner = attached(model, penalty=PenaltyOptions(0.3, omega=2.0))
-    zero = tuner.penalty()
-    assert zero is not None and zero.item() == 0
+    zero, joining = penalty_of(tuner)
+    assert zero.item() == 0 and not any(gradient.any() for gradient in joining.values())
     for name in tuner.layers:
         nn.init.normal_(tuner.pair(name)[1])
-    found = tuner.penalty()
-    assert found is not None
+    found, joining = penalty_of(tuner)
     expected = [
         reference.conflict_penalty(layer.get_base_layer().weight, *tuner.pair(name), 2.0)
         for name, layer in tuner.layers.items()
@@ -158,10 +158,8 @@ def test_the_penalty_is_the_weighted_mean_over_layers(model: VisionLanguageModel
     mean = 0.3 * torch.stack(expected).mean()
     torch.testing.assert_close(found.double(), mean, rtol=1e-5, atol=0)
     factors = [factor for name in tuner.layers for factor in tuner.pair(name)]
-    for mine, theirs in zip(
-        torch.autograd.grad(found, factors), torch.autograd.grad(mean, factors), strict=True
-    ):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+    for factor, theirs in zip(factors, torch.autograd.grad(mean, factors), strict=True):
+        torch.testing.assert_close(joining[factor], theirs, rtol=1e-4, atol=1e-7)
 
 
 def test_a_penalty_falls_on_the_named_modules_alone(model: VisionLanguageModel) -> None:
@@ -177,8 +175,7 @@ def test_a_penalty_falls_on_the_named_modules_alone(model: VisionLanguageModel) 
     assert [row.module for row in rows if row.regularised] == meant
     for name in tuner.layers:
         nn.init.normal_(tuner.pair(name)[1])
-    found = tuner.penalty()
-    assert found is not None
+    found, _ = penalty_of(tuner)
     expected = [
         reference.conflict_penalty(tuner.layers[name].get_base_layer().weight, *tuner.pair(name), 1.0)
         for name in meant
@@ -192,8 +189,7 @@ def test_a_constant_penalty_weighs_every_entry_alike(model: VisionLanguageModel)
     for name in tuner.layers:
         nn.init.normal_(tuner.pair(name)[1])
     for _ in range(2):  # the second time with what was kept
-        found = tuner.penalty()
-        assert found is not None
+        found, _ = penalty_of(tuner)
         expected = []
         for name, layer in tuner.layers.items():
             a, b = tuner.pair(name)
@@ -214,7 +210,7 @@ def test_a_penalty_on_a_module_without_an_adapter(model: VisionLanguageModel, mo
 
 
 def test_no_penalty_unless_asked(model: VisionLanguageModel) -> None:
-    assert attached(model).penalty() is None
+    assert attached(model).before_backward() is None
 
 
 @pytest.mark.parametrize(

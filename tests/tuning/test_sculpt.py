@@ -22,6 +22,7 @@ from mmtune.parts import VisionLanguageModel
 from mmtune.tuning.base import PenaltyOptions
 from mmtune.tuning.full import FullOptions
 from mmtune.tuning.sculpt import SculptOptions, SculptTuner, drawn, largest
+from mmtune.tuning.shards import Shards
 from tests import tiny_models as tiny
 from tests.tuning import lorasculpt_reference as reference
 from tests.tuning.lorasculpt_reference import IGNORED, Layer
@@ -144,6 +145,8 @@ def test_a_run_equals_the_reference(dtype: torch.dtype, tolerance: float) -> Non
         for part in RATES
     ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, weight_decay=DECAY)
+    for tuner in (sculpt, full):
+        tuner.bind(Shards(optimizer))
     for step, (micros, record) in enumerate(zip(batches, records, strict=True)):
         for group in optimizer.param_groups:
             group["lr"] = RATES[group["name"]] * MULTIPLIERS[step]
@@ -153,9 +156,10 @@ def test_a_run_equals_the_reference(dtype: torch.dtype, tolerance: float) -> Non
             loss = toy(inputs.to(dtype), labels) / supervised
             task += loss.item()
             if i == len(micros) - 1:
-                penalties = [p for tuner in (sculpt, full) if (p := tuner.penalty()) is not None]
-                loss = loss + penalties[0] + penalties[1]
+                penalties = [p for tuner in (sculpt, full) if (p := tuner.before_backward()) is not None]
             loss.backward()
+        for tuner in (sculpt, full):
+            tuner.after_backward()
         assert task == pytest.approx(record["task_loss"], rel=tolerance)
         assert penalties[0].item() == pytest.approx(ALPHA * record["language_penalty"], rel=tolerance)
         assert penalties[1].item() == pytest.approx(
@@ -165,7 +169,7 @@ def test_a_run_equals_the_reference(dtype: torch.dtype, tolerance: float) -> Non
         assert norm.item() == pytest.approx(record["grad_norm"], rel=tolerance)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        sculpt.after_step(step + 1, optimizer)
+        sculpt.after_step(step + 1)
 
         assert tensors.keys() == record["weights"].keys()
         for key, parameter in tensors.items():
@@ -225,7 +229,9 @@ def attached(model: VisionLanguageModel, **changes: Any) -> tuple[SculptTuner, t
     model.connector.requires_grad_(False)
     tuner = sculpt_options(**changes).make()
     tuner.attach(model, "language")
-    return tuner, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    tuner.bind(Shards(optimizer))
+    return tuner, optimizer
 
 
 def advance(model: VisionLanguageModel, tuner: SculptTuner, optimizer: Any, steps: range) -> None:
@@ -236,7 +242,7 @@ def advance(model: VisionLanguageModel, tuner: SculptTuner, optimizer: Any, step
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        tuner.after_step(step, optimizer)
+        tuner.after_step(step)
 
 
 def test_exactly_k_entries_from_the_prune_on(model: VisionLanguageModel) -> None:
@@ -267,7 +273,7 @@ def test_the_prune_changes_nothing_on_the_support(model: VisionLanguageModel) ->
         for name, p in tuner._tensors()
     }
     tuner.prune_step = 3
-    tuner.after_step(3, optimizer)
+    tuner.after_step(3)
     for name, p in tuner._tensors():
         after = [p.detach(), optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]]
         for old, new in zip(before[name], after, strict=True):
@@ -302,7 +308,7 @@ def test_a_random_support_is_drawn_from_seed_and_name(model: VisionLanguageModel
     tuner.start(6, seed=3)
     advance(model, tuner, optimizer, range(1, 2))
     state = torch.get_rng_state()
-    tuner.after_step(2, optimizer)
+    tuner.after_step(2)
     assert torch.equal(torch.get_rng_state(), state)
     advance(model, tuner, optimizer, range(3, 7))
     tuner.finish()

@@ -179,6 +179,21 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--output_path", type=Path, help="write compare.json here")
     compare.set_defaults(run=_compare)
 
+    analyse = commands.add_parser("analyse", help="what adapters did to the weights, and what they share")
+    analyse.add_argument(
+        "adapters",
+        type=Path,
+        nargs="+",
+        metavar="ADAPTER",
+        help="runs/NAME, a model folder, or one of peft's",
+    )
+    analyse.add_argument(
+        "--base", type=Path, help="the frozen weights (default: those that each adapter was trained on)"
+    )
+    analyse.add_argument("--modules", action="store_true", help="a row for each module, not for each kind")
+    analyse.add_argument("--output_path", type=Path, help="write analysis.json and analysis.png here")
+    analyse.set_defaults(run=_analyse)
+
     sequence = commands.add_parser("sequence", help="a model tuned on one task after another: what it kept")
     sequence.add_argument("--base", type=Path, required=True, help="the folder with the base's evaluation")
     sequence.add_argument(
@@ -418,6 +433,19 @@ def _compare(options: argparse.Namespace) -> None:
     print_comparison(report, _console())
     if options.output_path:
         print(f"Written: {options.output_path / 'compare.json'}")
+
+
+def _analyse(options: argparse.Namespace) -> None:
+    from mmtune.core.files import write_json
+    from mmtune.evaluation.analyse import analyse, print_analysis
+    from mmtune.evaluation.analysis_picture import draw_analysis
+
+    analysis = analyse(options.adapters, options.base)
+    print_analysis(analysis, options.modules, _console())
+    if options.output_path:
+        write_json(options.output_path / "analysis.json", analysis)
+        draw_analysis(analysis, options.output_path / "analysis.png")
+        print(f"Written: {options.output_path / 'analysis.json'}, {options.output_path / 'analysis.png'}")
 
 
 def _sequence(options: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ core.errors core.processes core.files core.table core.config core.versions
 data.chat data.image data.samples data.batches data.cards data.tiny data.tiny_tokenizer
 parts.spec parts.fingerprint parts.loading parts.vision.base parts.vision.clip
 parts.connector.base parts.connector.linear parts.connector.mlp
-parts.quantized parts.language parts.model parts.between
+parts.quantized parts.language parts.model parts.between parts.adapters
 tuning.shards tuning.base tuning.penalty tuning.joined
 tuning.frozen tuning.full tuning.lora tuning.sculpt tuning.kl
 evaluation.metrics.base evaluation.metrics.repair
@@ -37,6 +37,7 @@ evaluation.terminal evaluation.frontier evaluation.examples evaluation.thumbnail
 evaluation.provenance evaluation.page evaluation.report
 evaluation.compare
 evaluation.sequences
+evaluation.analyse evaluation.analysis_picture
 run
 training.folder training.plan training.optim training.engine training.checkpoint
 training.meter training.signals

@@ -50,6 +50,8 @@ class VisionLanguageModel(nn.Module):
 
     options: what each part is and where its weights came from; a part's `weights` is None once the part
     was trained, and is then saved with the model. adapters: the peft model of each part that has one.
+    every_part: whether every forward pass goes through every part, as processes that gather each other's
+    weights have to.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class VisionLanguageModel(nn.Module):
         self.language = language
         self.options = options
         self.adapters: dict[str, PeftModel] = {}
+        self.every_part = False
         self.image_tokens = connector.tokens(vision.tokens)
         self.transform = ImageTransform(vision.image_size, vision.mean, vision.std, options.vision.fit)
         self.chat = Chat(language.tokenizer, options.language.chat, self.image_tokens, language.context)
@@ -85,8 +88,8 @@ class VisionLanguageModel(nn.Module):
     def splice(self, batch: Batch) -> torch.Tensor:
         """Embeddings [B, T, width] with the pictures' features in the places of IMAGE_ID.
 
-        While the tower or the connector trains, a batch without pictures sends a blank one through them,
-        times zero: every parameter then has a gradient on every process.
+        While the tower or the connector trains, and with `every_part`, a batch without pictures sends a blank
+        one through them, times zero: every parameter then has a gradient on every process.
         Raises ValueError where pictures and places differ in number.
         """
         places = batch.input_ids == IMAGE_ID
@@ -99,7 +102,8 @@ class VisionLanguageModel(nn.Module):
         if len(batch.images):
             features = self.connector(self.vision(batch.images))
             return embeddings.masked_scatter(places.unsqueeze(-1), features.to(embeddings.dtype))
-        if self.training and torch.is_grad_enabled() and self._sees_gradient():
+        trains = self.training and torch.is_grad_enabled() and self._sees_gradient()
+        if trains or self.every_part:
             side = self.transform.size
             blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=embeddings.device)
             return embeddings + 0 * self.connector(self.vision(blank)).sum().to(embeddings.dtype)

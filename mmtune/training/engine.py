@@ -17,12 +17,22 @@ from accelerate.utils import GradientAccumulationPlugin
 
 from mmtune.core.errors import UserError
 from mmtune.core.processes import count
+from mmtune.core.table import Table
 from mmtune.parts.model import VisionLanguageModel
 from mmtune.run import TrainOptions
 from mmtune.tuning.shards import Shards
 
 # Set by a config of `accelerate launch`; each would have the last word over the YAML.
 LAUNCHED = {"ACCELERATE_USE_DEEPSPEED": ("zero1", "zero2", "zero3"), "ACCELERATE_USE_FSDP": ("fsdp2",)}
+
+ENGINES = Table(
+    "engine",
+    {
+        "single": "mmtune.training.engine:Engine",
+        "ddp": "mmtune.training.engine:Engine",
+        "fsdp2": "mmtune.training.fsdp:Fsdp2Engine",
+    },
+)
 
 
 class Engine:
@@ -67,11 +77,14 @@ class Engine:
         """Clips, steps and forgets the gradients. Returns their norm before they were clipped; where that is
         no number the weights stay as they are.
         """
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip))
+        norm = self._clip()
         if norm == norm and abs(norm) != float("inf"):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _clip(self) -> float:
+        return float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip))
 
     def close(self) -> None:
         self.accelerator.free_memory()
@@ -114,4 +127,6 @@ def check_engine(settings: TrainOptions) -> None:
 def make_engine(settings: TrainOptions, dtype: str) -> Engine:
     """The engine of a stage. dtype: of the model, float32 or bfloat16. Raises UserError as `check_engine`."""
     check_engine(settings)
-    return Engine(settings, dtype)
+    alone = settings.engine == "fsdp2" and count() == 1  # nobody to split anything with
+    made: Engine = ENGINES.load("single" if alone else settings.engine)(settings, dtype)
+    return made

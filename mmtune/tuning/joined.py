@@ -2,7 +2,8 @@
 
 They depend on no data, so once per optimiser step is enough; and where the processes' gradients are averaged
 anyway, each process computes its share of the modules and adds it `count` times: the mean makes the whole of
-it, exactly, and nothing else is sent.
+it, exactly, and nothing else is sent. Where frozen weights are split, each computes its share of every
+module, and what is sent has the adapters' size.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from mmtune.tuning.penalty import RetentionMask, retention_mask, update_penalty
+from mmtune.tuning.segments import Segment, make_masks
 
 if TYPE_CHECKING:
     from mmtune.tuning.base import PenaltyOptions
@@ -103,11 +105,14 @@ class UpdatePenalty(WeightPenalty):
         self.pair = pair
         self.weight = weight
         self.masks: dict[str, RetentionMask] = {}
+        self.segments: dict[str, Segment] = {}
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for name in self.names for parameter in self.pair(name)]
 
     def make_ready(self) -> torch.Tensor:
+        if self.shards.weights_split:
+            return self._make_ready_together()
         shards, factor = self.shards, self.options.weight / len(self.names)
         if not self.masks:
             sizes = {name: self.weight(name).numel() for name in self.names}
@@ -122,6 +127,61 @@ class UpdatePenalty(WeightPenalty):
             self.ready[a] = grad_a.mul_(factor * shards.count)
             self.ready[b] = grad_b.mul_(factor * shards.count)
         return torch.stack(values).sum()
+
+    def _make_ready_together(self) -> torch.Tensor:
+        """Every process does every module, with the entries of W that lie on it."""
+        shards = self.shards
+        if not self.segments:
+            for name in self.names:
+                weight = self.weight(name)
+                found = shards.segment(weight)
+                assert found is not None
+                self.segments[name] = Segment(*found, weight.shape)
+            constant = self.options.kind == "constant"
+            make_masks(list(self.segments.values()), self.options.omega, constant, shards.sum)
+        do = self._add_shares if shards.before_mean else self._add_rows
+        values = [do(names) for names in bundles({name: self.pair(name)[0].numel() for name in self.names})]
+        return self.options.weight / len(self.names) * torch.stack(values).sum() / shards.count
+
+    def _add_shares(self, names: list[str]) -> torch.Tensor:
+        """For gradients that are averaged later: a process adds its share `count` times. Returns sum(N)."""
+        shards, pairs = self.shards, [self.pair(name) for name in names]
+        wholes = shards.wholes([parameter for pair in pairs for parameter in pair])
+        shares, squares = [], []
+        for name, a, b in zip(names, wholes[::2], wholes[1::2], strict=True):
+            segment = self.segments[name]
+            b_g, g_a = segment.products(a, b[segment.rows])
+            squares.append((b[segment.rows] * g_a).sum())
+            shares.append((b_g, torch.zeros_like(b)))
+            shares[-1][1][segment.rows] = g_a
+        norms = shards.sum(torch.stack(squares)).clamp_min(0).sqrt()
+        for pair, share, scale in zip(pairs, shares, self._scales(norms) * shards.count, strict=True):
+            for parameter, gradient in zip(pair, share, strict=True):
+                self.ready[parameter] = gradient.mul_(scale)
+        return norms.sum()
+
+    def _add_rows(self, names: list[str]) -> torch.Tensor:
+        """For gradients that are averaged and cut into rows: those of B stay where their rows of W are, those
+        of A are summed. Returns the sum of N.
+        """
+        shards, pairs = self.shards, [self.pair(name) for name in names]
+        found, squares = [], []
+        for name, (_, b), a in zip(names, pairs, shards.wholes([a for a, _ in pairs]), strict=True):
+            rows = shards.local(b)
+            b_g, g_a = self.segments[name].products(a, rows)
+            squares.append((rows * g_a).sum())
+            found.append((b_g, g_a))
+        together = shards.sum(torch.cat([*(b_g.flatten() for b_g, _ in found), torch.stack(squares)]))
+        norms = together[-len(names) :].clamp_min(0).sqrt()
+        sums = together[: -len(names)].split([b_g.numel() for b_g, _ in found])
+        for (a, b), (b_g, g_a), flat, scale in zip(pairs, found, sums, self._scales(norms), strict=True):
+            self.ready[a] = shards.piece(a, flat.view_as(b_g)) * scale
+            self.ready[b] = g_a.mul_(scale)
+        return norms.sum()
+
+    def _scales(self, norms: torch.Tensor) -> torch.Tensor:
+        factor = self.options.weight / len(self.names)
+        return torch.where(norms > 0, factor / norms, torch.zeros_like(norms))
 
 
 class DriftPenalty(WeightPenalty):
@@ -171,6 +231,21 @@ class DriftPenalty(WeightPenalty):
         for name, mine in self.initial.items():
             mine.copy_(initial[name])
         self.pieces = {}
+
+
+def bundles(sizes: Mapping[str, int], most: int = 1 << 24) -> list[list[str]]:
+    """The names in their order, in runs whose sizes add up to no more than `most` (64 MiB of fp32), or of one
+    name: what is gathered and summed at a time.
+    """
+    made: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if size > room or not made:
+            made.append([])
+            room = most
+        made[-1].append(name)
+        room -= size
+    return made
 
 
 def dealt(sizes: Mapping[str, int], count: int) -> list[list[str]]:

@@ -90,11 +90,11 @@ class RetentionMask:
 
     whole_rows = False  # whether tiles have to be whole rows
 
-    def __init__(self, weight: torch.Tensor, omega: float = 1.0) -> None:
+    def __init__(self, weight: torch.Tensor, omega: float = 1.0, norm: float | None = None) -> None:
         self.weight = weight
         self.omega = omega
         self.shape = self._shape()
-        self.norm = self._norm()
+        self.norm = self._norm() if norm is None else norm
 
     def _shape(self) -> torch.Size:
         return torch.Size(self.weight.shape)
@@ -164,8 +164,8 @@ class RetentionMask:
 class TableMask(RetentionMask):
     """M of a weight stored in 16 bits: a table of M^2 over its 32,768 magnitudes (128 KiB)."""
 
-    def __init__(self, weight: torch.Tensor, omega: float = 1.0) -> None:
-        super().__init__(weight, omega)
+    def __init__(self, weight: torch.Tensor, omega: float = 1.0, norm: float | None = None) -> None:
+        super().__init__(weight, omega, norm)
         magnitudes = torch.arange(MAGNITUDES, dtype=torch.int16, device=weight.device).view(weight.dtype)
         self.table = retention_mask_squared(magnitudes.float(), self.norm, omega)
 
@@ -268,9 +268,10 @@ class RowMask(RetentionMask):
 class ConstantMask(RetentionMask):
     """The control: M^2 is c^2, its mean over the weight, everywhere; only r x r products are needed."""
 
-    def __init__(self, mask: RetentionMask) -> None:
+    def __init__(self, mask: RetentionMask, square: torch.Tensor | None = None) -> None:
+        """square: c^2 of a whole weight of which this is a part."""
         self.weight, self.omega, self.shape, self.norm = mask.weight, mask.omega, mask.shape, mask.norm
-        self.square = mask.mean_square()
+        self.square = mask.mean_square() if square is None else square
 
     def fill(self, out: torch.Tensor, spare: torch.Tensor, rows: slice, columns: slice) -> None:
         out.copy_(self.square.to(out.dtype).expand_as(out))
@@ -283,13 +284,15 @@ class ConstantMask(RetentionMask):
         return square * (b.T @ b) @ a, square * b @ (a @ a.T)
 
 
-def retention_mask(weight: torch.Tensor, omega: float = 1.0, constant: bool = False) -> RetentionMask:
+def retention_mask(
+    weight: torch.Tensor, omega: float = 1.0, constant: bool = False, norm: float | None = None
+) -> RetentionMask:
     """The mask of a frozen weight, to be made once and kept. constant: the control.
 
-    weight: p x q, floating, or a 4-bit or 8-bit parameter of bitsandbytes. Raises UserError for a storage
-    whose values are not known here.
+    weight: p x q, floating, or a 4-bit or 8-bit parameter of bitsandbytes. norm: of the whole, where this is
+    a part of a weight. Raises UserError for a storage whose values are not known here.
     """
-    mask = _kind(weight)(weight, omega)
+    mask = _kind(weight)(weight, omega, norm)
     return ConstantMask(mask) if constant else mask
 
 

@@ -7,7 +7,7 @@ tensors has a class of its own with the same methods.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -77,6 +77,12 @@ class Shards:
         """What of a tensor of the parameter's own shape stands for what `change` gets in `on_gradient`."""
         return whole
 
+    def segment(self, weight: torch.Tensor) -> tuple[torch.Tensor, int] | None:
+        """What of a frozen weight lies on this process: its entries one after the other [n], n may be 0, and
+        the place of the first among all. None where the whole of it does.
+        """
+        return None
+
     @contextmanager
     def seen_as(self, values: Mapping[nn.Parameter, torch.Tensor]) -> Iterator[None]:
         """A context in which forward passes see these values, each of its parameter's own shape, instead."""
@@ -103,6 +109,13 @@ class Shards:
         """The parameter's values, or what the processes' pieces make together, in its own shape."""
         piece = self.local(parameter) if piece is None else piece
         return self.sum(self.spread(parameter, piece)) if self.split else piece
+
+    def wholes(
+        self, parameters: Sequence[nn.Parameter], pieces: Sequence[torch.Tensor] | None = None
+    ) -> list[torch.Tensor]:
+        """`whole` of each, in as few messages as the engine can."""
+        found = [None] * len(parameters) if pieces is None else pieces
+        return [self.whole(parameter, piece) for parameter, piece in zip(parameters, found, strict=True)]
 
     def frozen(self, parameter: nn.Parameter) -> torch.Tensor:
         """A weight that does not train, whole."""

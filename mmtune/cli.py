@@ -203,6 +203,22 @@ def _parser() -> argparse.ArgumentParser:
     sequence.add_argument("--output_path", type=Path, required=True)
     sequence.set_defaults(run=_sequence)
 
+    export = commands.add_parser("export", help="a model in another form, compared by its logits")
+    export.add_argument(
+        "folder", type=Path, metavar="DIR", help="a model folder, for example runs/NAME/final"
+    )
+    export.add_argument("destination", type=Path, metavar="DST", help="the folder to write; not there yet")
+    export.add_argument(
+        "--to", choices=["merged"], required=True, help="merged: adapters in the weights, nothing in 4 bits"
+    )
+    export.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of the merged weights (default: float32, since bfloat16 rounds most of a small update away)",
+    )
+    export.set_defaults(run=_export)
+
     sweep = commands.add_parser("sweep", help="train and evaluate a grid of overrides; ends in one report")
     sweep.add_argument("yaml", type=Path)
     sweep.add_argument("overrides", nargs="*", metavar="key=value")
@@ -454,6 +470,20 @@ def _sequence(options: argparse.Namespace) -> None:
     report = make_sequence(options.base, options.stages, options.tasks.split(","), options.output_path)
     print_sequence(report, _console())
     print(f"Written: {options.output_path / 'sequence.json'}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from mmtune.interop.comparison import Compared, print_compared
+    from mmtune.interop.merged import export_merged
+
+    made = export_merged(options.folder, options.destination, options.dtype)
+    print_compared([Compared(**row) for row in made["comparison"]], _console())
+    if made["dequantized"]:
+        print(f"The base was held in {made['dequantized']}; it is dequantised: the same values, unpacked.")
+    if made["update_lost_to_rounding"] > 0.01:
+        lost = made["update_lost_to_rounding"]
+        print(f"Of the update {lost:.0%} is lost to rounding; --dtype float32 keeps it.")
+    print(f"written: {options.destination}")
 
 
 def _sweep(options: argparse.Namespace) -> None:

@@ -42,7 +42,7 @@ run
 training.folder training.plan training.optim training.engine training.fsdp training.checkpoint
 training.meter training.signals
 training.loop training.check
-interop.lmms_eval
+interop.lmms_eval interop.comparison interop.merged
 experiments.estimate experiments.sweep
 bench.generate bench.score
 cli __main__

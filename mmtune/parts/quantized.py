@@ -18,6 +18,10 @@ from torch import nn
 
 from mmtune.parts.loading import from_pretrained
 
+for _talkative in ("autograd._functions", "backends.cpu.ops"):
+    # At each call: fp32 becomes fp16 before it becomes int8. At import: a faster kernel is not there.
+    getLogger(f"bitsandbytes.{_talkative}").setLevel(ERROR)
+
 
 def load_quantized(cls: Any, weights: str, kind: str, dtype: torch.dtype) -> Any:
     """`cls.from_pretrained` from weights of full precision, quantised as they come: never whole in memory.
@@ -38,9 +42,6 @@ def load_quantized(cls: Any, weights: str, kind: str, dtype: torch.dtype) -> Any
         )
     else:
         config = BitsAndBytesConfig(load_in_8bit=True)
-    for talkative in ("autograd._functions", "backends.cpu.ops"):
-        # At each call: fp32 becomes fp16 before it becomes int8. At import: a faster kernel is not there.
-        getLogger(f"bitsandbytes.{talkative}").setLevel(ERROR)
     place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     model = from_pretrained(
         cls, weights, dtype=torch.float32, quantization_config=config, device_map={"": place}

@@ -13,9 +13,11 @@ from typing import Any, Literal
 
 from mmtune.core.config import Report, Source, chosen_by, leaves, parse, to_dict
 from mmtune.core.errors import UserError
+from mmtune.core.files import read_json
 from mmtune.core.table import nearest
 from mmtune.data.cards import load_card
 from mmtune.parts.spec import PARTS, ModelOptions, quantization, saved_part
+from mmtune.training.zero_json import json_faults
 from mmtune.tuning.base import TUNERS
 from mmtune.tuning.frozen import FrozenOptions
 from mmtune.tuning.kl import KlOptions
@@ -125,7 +127,8 @@ class TrainOptions:
     pass and process; by default a process takes its share of a batch at once. warmup: fraction of the run.
     max_length: tokens, pictures included. too_long: what happens to a longer sample; it is never cut.
     engine: how the processes that torchrun, `accelerate launch` or `deepspeed` start share the work; what
-    comes out is the same.
+    comes out is the same. deepspeed: a DeepSpeed
+    JSON of one's own for the zero engines, in place of mmtune's.
     """
 
     batch_size: int
@@ -143,6 +146,7 @@ class TrainOptions:
     activation_checkpointing: bool = False
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     engine: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "single"
+    deepspeed: Path | None = None
 
     def check(self, fault: Report) -> None:
         if (self.epochs is None) == (self.steps is None):
@@ -168,6 +172,17 @@ class TrainOptions:
                 f"batch_size {self.batch_size} is no multiple of {micro}",
                 "One process times micro_batch_size times accumulation must give batch_size.",
             )
+        if self.deepspeed is not None:
+            self._check_deepspeed(fault)
+
+    def _check_deepspeed(self, fault: Report) -> None:
+        if not self.engine.startswith("zero"):
+            fault("deepspeed", f"a DeepSpeed JSON is for zero1, zero2 and zero3, the engine is {self.engine}")
+        try:
+            for found in json_faults(read_json(Path(str(self.deepspeed))), self):
+                fault("deepspeed", f"{self.deepspeed}: {found.where}: {found.what}", found.mend)
+        except UserError as error:
+            fault("deepspeed", f"{error.faults[0].where}: {error.faults[0].what}", error.faults[0].mend)
 
 
 @dataclass
@@ -317,7 +332,7 @@ def read_run(path: Path, overrides: list[str] | None = None) -> RunOptions:
 
 # What changes no result: names and places, how often is logged and saved, how the work is split, and the
 # evaluation, which says itself how it was made.
-SPLIT = "log_every|workers|engine|micro_batch_size|activation_checkpointing"
+SPLIT = "log_every|workers|engine|deepspeed|micro_batch_size|activation_checkpointing"
 INDIFFERENT = re.compile(rf"(stages\.\d+\.)?(name|train\.({SPLIT}|checkpoint\..*))|output|evaluate(\..*)?")
 
 

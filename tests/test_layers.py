@@ -16,7 +16,7 @@ data.chat data.image data.samples data.batches data.cards data.tiny data.tiny_to
 parts.spec parts.fingerprint parts.loading parts.vision.base parts.vision.clip
 parts.connector.base parts.connector.linear parts.connector.mlp
 parts.quantized parts.language parts.model parts.between parts.adapters
-tuning.shards tuning.fsdp_shards tuning.base tuning.penalty tuning.segments tuning.joined
+tuning.shards tuning.fsdp_shards tuning.zero_shards tuning.base tuning.penalty tuning.segments tuning.joined
 tuning.frozen tuning.full tuning.lora tuning.sculpt tuning.kl
 evaluation.metrics.base evaluation.metrics.repair
 evaluation.metrics.ptb evaluation.metrics.coco_java evaluation.metrics.captions
@@ -38,8 +38,8 @@ evaluation.provenance evaluation.page evaluation.report
 evaluation.compare
 evaluation.sequences
 evaluation.analyse evaluation.analysis_picture
-run
-training.folder training.plan training.optim training.engine training.fsdp training.checkpoint
+training.zero_json run
+training.folder training.plan training.optim training.engine training.fsdp training.zero training.checkpoint
 training.meter training.signals
 training.loop training.check
 interop.lmms_eval interop.comparison interop.merged

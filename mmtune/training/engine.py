@@ -31,6 +31,9 @@ ENGINES = Table(
         "single": "mmtune.training.engine:Engine",
         "ddp": "mmtune.training.engine:Engine",
         "fsdp2": "mmtune.training.fsdp:Fsdp2Engine",
+        "zero1": "mmtune.training.zero:ZeroEngine",
+        "zero2": "mmtune.training.zero:ZeroEngine",
+        "zero3": "mmtune.training.zero:ZeroEngine",
     },
 )
 
@@ -50,6 +53,10 @@ class Engine:
         self.accelerator = self._accelerator("bf16" if dtype == "bfloat16" else "no")
         self.device = self.accelerator.device
         self.rank, self.count = self.accelerator.process_index, self.accelerator.num_processes
+
+    @classmethod
+    def check(cls, settings: TrainOptions) -> None:
+        """Raises UserError where this engine cannot be had as things are."""
 
     def _accelerator(self, precision: str, **plugins: Any) -> Accelerator:
         AcceleratorState._reset_state()  # of another run in this process, whose precision it would insist on
@@ -115,6 +122,7 @@ def check_engine(settings: TrainOptions) -> None:
             where="train.engine",
             mend="Say train.engine=ddp, or start mmtune without torchrun or accelerate launch.",
         )
+    ENGINES.load(settings.engine).check(settings)
     micro = settings.micro_batch_size or 1
     if settings.batch_size % (micro * count()):
         raise UserError(
@@ -127,6 +135,6 @@ def check_engine(settings: TrainOptions) -> None:
 def make_engine(settings: TrainOptions, dtype: str) -> Engine:
     """The engine of a stage. dtype: of the model, float32 or bfloat16. Raises UserError as `check_engine`."""
     check_engine(settings)
-    alone = settings.engine == "fsdp2" and count() == 1  # nobody to split anything with
+    alone = count() == 1  # nobody to share anything with
     made: Engine = ENGINES.load("single" if alone else settings.engine)(settings, dtype)
     return made

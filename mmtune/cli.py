@@ -234,6 +234,24 @@ def _parser() -> argparse.ArgumentParser:
     generating.add_argument("--data_root", type=Path, help="instead of each protocol's root")
     generating.add_argument("--output_path", type=Path, help="write the figures to this file, as JSON")
     generating.set_defaults(run=_bench_generate)
+    training = benches.add_parser("train", help="the whole training step of tuners, in turns")
+    training.add_argument("--tuners", default="lora,lorasculpt", help="the first is what ratios are to")
+    training.add_argument("--width", type=_positive, default=512)
+    training.add_argument("--layers", type=_positive, default=4)
+    training.add_argument("--tokens", type=_positive, default=8192, help="of an optimiser step")
+    training.add_argument("--length", type=_positive, default=512, help="tokens of a row")
+    training.add_argument("--rows", type=_positive, default=4, help="in a forward pass")
+    training.add_argument("--rank", type=_positive, default=32)
+    training.add_argument("--density", type=_share, default=0.1)
+    training.add_argument(
+        "--targets", default="all-linear", help="all-linear, or patterns: *.q_proj,*.v_proj"
+    )
+    training.add_argument("--penalised", help="patterns of those the penalty falls on (default: all targets)")
+    training.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    training.add_argument("--activation_checkpointing", action="store_true")
+    training.add_argument("--steps", type=_positive, default=10, help="timed before and after the prune (10)")
+    training.add_argument("--output_path", type=Path, metavar="FILE", help="write the figures here, as JSON")
+    training.set_defaults(run=_bench_train)
     scoring = benches.add_parser("score", help="predictions scored per second, rule by rule")
     scoring.add_argument("--limit", type=_positive, default=200_000, help="predictions of each rule")
     scoring.add_argument("--output_path", type=Path, metavar="FILE", help="write the same as JSON")
@@ -507,6 +525,22 @@ def _bench_generate(options: argparse.Namespace) -> None:
     suite = load_suite(options.suite)
     made = bench_generate(options.model, suite, options.limit, options.batch_size, options.data_root)
     print_generate(made, _console())
+    if options.output_path:
+        write_json(options.output_path, made)
+
+
+def _bench_train(options: argparse.Namespace) -> None:
+    from dataclasses import fields
+
+    from mmtune.bench.train import BenchOptions, bench_train, print_train
+    from mmtune.core.files import write_json
+
+    asked = {field.name: getattr(options, field.name) for field in fields(BenchOptions)}
+    asked["tuners"] = options.tuners.split(",")
+    asked["targets"] = options.targets if options.targets == "all-linear" else options.targets.split(",")
+    asked["penalised"] = options.penalised and options.penalised.split(",")
+    made = bench_train(BenchOptions(**asked))
+    print_train(made, _console())
     if options.output_path:
         write_json(options.output_path, made)
 

@@ -44,7 +44,7 @@ training.meter training.signals
 training.loop training.check
 interop.lmms_eval interop.comparison interop.merged
 experiments.estimate experiments.sweep
-bench.generate bench.score
+bench.generate bench.score bench.train
 cli __main__
 """.split()
 

@@ -113,7 +113,7 @@ def bench_train(options: BenchOptions) -> dict[str, Any]:
         "parameters": first.parameters,
         "tuners": {
             run.name: {
-                **{phase: _figures(made, number, device, options) for phase, made in rounds.items()},
+                **{phase: _figures(made, number, device) for phase, made in rounds.items()},
                 "step of the prune": prunes[number].seconds,
             }
             for number, run in enumerate(runs)
@@ -281,9 +281,7 @@ def _random_batch(model: VisionLanguageModel, options: BenchOptions, seed: int) 
     return Batch(ids, torch.ones_like(ids), images, labels)
 
 
-def _figures(
-    rounds: Sequence[Sequence[_Step]], number: int, device: torch.device, options: BenchOptions
-) -> dict[str, Any]:
+def _figures(rounds: Sequence[Sequence[_Step]], number: int, device: torch.device) -> dict[str, Any]:
     clock = "seconds" if device.type == "cuda" else "processor_seconds"
     mine = [steps[number] for steps in rounds]
     ratios = [getattr(steps[number], clock) / getattr(steps[0], clock) for steps in rounds]
@@ -362,5 +360,6 @@ def print_train(made: dict[str, Any], console: Console) -> None:
     console.print(table)
     prunes = ", ".join(f"{name} {rows['step of the prune']:.3f} s" for name, rows in made["tuners"].items())
     console.print(
-        f"Before and after the prune. ratio: the median over rounds, to {asked['tuners'][0]}. The step in which lorasculpt prunes, by the clock: {prunes}."
+        f"Before and after the prune; ratio: the median over rounds, to {asked['tuners'][0]}. The step in "
+        f"which lorasculpt prunes, by the clock: {prunes}."
     )

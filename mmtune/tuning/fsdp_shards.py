@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from mmtune.tuning.shards import Change, Shards
+from mmtune.tuning.shards import Change, Shards, even
 
 
 class FsdpShards(Shards):
@@ -28,8 +28,7 @@ class FsdpShards(Shards):
         return _here(parameter.data)
 
     def piece(self, parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
-        step = self._rows(whole.shape[0])
-        return whole[self.rank * step : (self.rank + 1) * step]
+        return whole[even(whole.shape[0], self.rank, self.count)]
 
     def spread(self, parameter: nn.Parameter, piece: torch.Tensor) -> torch.Tensor:
         whole = piece.new_zeros(parameter.shape)
@@ -70,8 +69,8 @@ class FsdpShards(Shards):
     def segment(self, weight: torch.Tensor) -> tuple[torch.Tensor, int] | None:
         if not isinstance(weight, DTensor):
             return None
-        rows = _here(weight.data)
-        return rows.reshape(-1), self.rank * self._rows(weight.shape[0]) * (weight.numel() // weight.shape[0])
+        first = even(weight.shape[0], self.rank, self.count).start
+        return _here(weight.data).reshape(-1), first * (weight.numel() // weight.shape[0])
 
     def whole(self, parameter: nn.Parameter, piece: torch.Tensor | None = None) -> torch.Tensor:
         return self.wholes([parameter], None if piece is None else [piece])[0]
@@ -80,7 +79,7 @@ class FsdpShards(Shards):
         self, parameters: Sequence[nn.Parameter], pieces: Sequence[torch.Tensor] | None = None
     ) -> list[torch.Tensor]:
         pieces = [self.local(parameter) for parameter in parameters] if pieces is None else pieces
-        sizes = [self._rows(p.shape[0]) * (p.numel() // p.shape[0]) for p in parameters]
+        sizes = [even(p.shape[0], 0, self.count).stop * (p.numel() // p.shape[0]) for p in parameters]
         mine = pieces[0].new_zeros(sum(sizes))
         for place, piece in zip(mine.split(sizes), pieces, strict=True):
             place[: piece.numel()].copy_(piece.reshape(-1))
@@ -118,10 +117,6 @@ class FsdpShards(Shards):
         return DTensor.from_local(
             rows, data.device_mesh, data.placements, run_check=False, shape=data.shape, stride=data.stride()
         )
-
-    def _rows(self, of: int) -> int:
-        """How many rows each process has, but for the last ones."""
-        return -(-of // self.count)
 
 
 def _here(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from mmtune.tuning.penalty import RetentionMask, retention_mask, update_penalty
-from mmtune.tuning.segments import Segment, make_masks
+from mmtune.tuning.segments import Rows, Segment, make_masks
+from mmtune.tuning.shards import even
 
 if TYPE_CHECKING:
     from mmtune.tuning.base import PenaltyOptions
@@ -105,7 +106,7 @@ class UpdatePenalty(WeightPenalty):
         self.pair = pair
         self.weight = weight
         self.masks: dict[str, RetentionMask] = {}
-        self.segments: dict[str, Segment] = {}
+        self.segments: dict[str, Segment | Rows] = {}
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for name in self.names for parameter in self.pair(name)]
@@ -132,16 +133,25 @@ class UpdatePenalty(WeightPenalty):
         """Every process does every module, with the entries of W that lie on it."""
         shards = self.shards
         if not self.segments:
-            for name in self.names:
-                weight = self.weight(name)
-                found = shards.segment(weight)
-                assert found is not None
-                self.segments[name] = Segment(*found, weight.shape)
-            constant = self.options.kind == "constant"
-            make_masks(list(self.segments.values()), self.options.omega, constant, shards.sum)
+            self._cut_masks()
         do = self._add_shares if shards.before_mean else self._add_rows
-        values = [do(names) for names in bundles({name: self.pair(name)[0].numel() for name in self.names})]
+        sizes = {name: shards.shape(self.pair(name)[0]).numel() for name in self.names}
+        values = [do(names) for names in bundles(sizes)]
         return self.options.weight / len(self.names) * torch.stack(values).sum() / shards.count
+
+    def _cut_masks(self) -> None:
+        shards, omega, constant = self.shards, self.options.omega, self.options.kind == "constant"
+        cut = []
+        for name in self.names:
+            weight = self.weight(name)
+            if (found := shards.segment(weight)) is not None:
+                cut.append(Segment(*found, shards.shape(weight)))
+                self.segments[name] = cut[-1]
+            else:
+                mask = retention_mask(weight, omega, constant)
+                self.segments[name] = Rows(mask, even(mask.shape[0], shards.rank, shards.count))
+        if cut:
+            make_masks(cut, omega, constant, shards.sum)
 
     def _add_shares(self, names: list[str]) -> torch.Tensor:
         """For gradients that are averaged later: a process adds its share `count` times. Returns sum(N)."""

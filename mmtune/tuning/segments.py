@@ -75,6 +75,33 @@ class Segment:
         return sum(values, start=torch.zeros((), dtype=torch.float64, device=self.device))
 
 
+class Rows:
+    """Some rows of a weight that lies whole on every process, as quantised ones do; to be used as a Segment.
+
+    mask: of the whole weight.
+    """
+
+    def __init__(self, mask: RetentionMask, rows: slice) -> None:
+        self.rows = rows
+        self.mask = RowsMask(mask, rows)
+
+    def products(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Segment.products`."""
+        return self.mask.products(a, b) if len(b) else (torch.zeros_like(a), torch.zeros_like(b))
+
+
+class RowsMask(RetentionMask):
+    """M of some rows of a weight, from the mask of the whole."""
+
+    def __init__(self, whole: RetentionMask, rows: slice) -> None:
+        self.weight, self.omega, self.norm = whole.weight, whole.omega, whole.norm
+        self.whole, self.first, self.whole_rows = whole, rows.start, whole.whole_rows
+        self.shape = torch.Size((rows.stop - rows.start, whole.shape[1]))
+
+    def fill(self, out: torch.Tensor, spare: torch.Tensor, rows: slice, columns: slice) -> None:
+        self.whole.fill(out, spare, slice(rows.start + self.first, rows.stop + self.first), columns)
+
+
 def make_masks(segments: Sequence[Segment], omega: float, constant: bool, total: Total) -> None:
     """Gives every run its masks, which need one number of the whole weight: its norm, and the mean of M^2 for
     the control.

@@ -16,6 +16,12 @@ from torch import nn
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 
+def even(rows: int, rank: int, count: int) -> slice:
+    """The rows that one of `count` processes has: as many as others, but the last ones fewer or none."""
+    step = -(-rows // count)
+    return slice(min(rank * step, rows), min((rank + 1) * step, rows))
+
+
 class Shards:
     """All of every tensor on every process: one process alone, and DDP.
 
@@ -32,6 +38,10 @@ class Shards:
         self.optimizer = optimizer
         self.rank = rank
         self.count = count
+
+    def shape(self, parameter: torch.Tensor) -> torch.Size:
+        """A parameter's own shape, also where only a piece of it is here."""
+        return parameter.shape
 
     # ---- Pieces: no process waits for another -----------------------------------------------------------
 

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtune.tuning.segments import Segment, blocks, make_masks
+from mmtune.tuning.penalty import retention_mask
+from mmtune.tuning.segments import Rows, Segment, blocks, make_masks
+from mmtune.tuning.shards import even
 
 
 @settings(max_examples=150, deadline=None)
@@ -24,16 +26,15 @@ def test_blocks_cover_each_entry_once_and_in_place(width: int, start: int, lengt
 
 def reference(
     weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, omega: float, constant: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """N and its gradients by autograd, fp64, as the paper writes it."""
     weight = weight.double()
-    a, b = (t.double().requires_grad_() for t in (a, b))
+    leaves = [t.double().requires_grad_() for t in (a, b)]
     mask = torch.tanh(omega * (1 / torch.log(weight.abs() / weight.norm() + 1e-15)).abs())
     if constant:
         mask = mask.square().mean().sqrt()
-    value = (mask * (b @ a)).norm()
-    value.backward()
-    return value.detach(), a.grad, b.grad
+    value = (mask * (leaves[1] @ leaves[0])).norm()
+    return value.detach(), *torch.autograd.grad(value, leaves)
 
 
 @pytest.mark.parametrize("constant", [False, True])
@@ -62,6 +63,31 @@ def test_sums_over_any_split_are_those_of_the_whole(constant: bool, data: st.Dat
     value = (b * g_a).sum().sqrt()
     for found, wanted in zip((value, b_g / value, g_a / value), expected, strict=True):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 9])
+def test_rows_of_a_whole_weight_add_up(count: int, constant: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, a, b = (torch.randn(shape, generator=generator) for shape in ((7, 5), (2, 5), (7, 2)))
+    mask = retention_mask(weight, 1.5, constant)
+    b_g, g_a = torch.zeros_like(a), torch.zeros_like(b)
+    for rank in range(count):
+        run = Rows(mask, even(7, rank, count))
+        of_a, of_b = run.products(a, b[run.rows])
+        b_g += of_a
+        g_a[run.rows] += of_b
+    for found, wanted in zip((b_g, g_a), mask.products(a, b), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(0, 2), (1, 4), (3, 4), (8, 2), (9, 4)])
+def test_rows_are_dealt_as_torch_chunks_them(rows: int, count: int) -> None:
+    """FSDP2 cuts with torch.chunk, whose missing chunks are empty."""
+    whole = torch.arange(rows)
+    chunks = [*torch.chunk(whole, count), *[whole[:0]] * count][:count]
+    for rank, chunk in enumerate(chunks):
+        assert whole[even(rows, rank, count)].tolist() == chunk.tolist()
 
 
 def test_an_empty_run_and_a_weight_of_zeros_give_nothing() -> None:

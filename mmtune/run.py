@@ -22,8 +22,6 @@ from mmtune.tuning.base import TUNERS
 from mmtune.tuning.frozen import FrozenOptions
 from mmtune.tuning.kl import KlOptions
 
-SPLITTING = ("zero3", "fsdp2")  # engines under which no process has a frozen weight whole
-
 
 @dataclass
 class DataOptions:
@@ -293,9 +291,10 @@ class RunOptions:
                 what = f"the next stage starts with this adapter merged, which {held} would round away"
                 mend = "Adapt it in the last stage, or make two runs with mmtune export between them."
                 fault(f"{key}tune.language.tuner", what, mend)
-            if block.train and block.train.engine in SPLITTING:
-                what = f"{block.train.engine} splits frozen weights, and those held in {held} don't split"
-                fault(f"{key}train.engine", what, "Use ddp, zero1 or zero2: there a 4-bit base is whole.")
+            if block.train and block.train.engine == "zero3":
+                what = f"zero3 splits every frozen weight, and those held in {held} don't split"
+                mend = "Use fsdp2, which leaves these whole and splits the others, or ddp, zero1 or zero2."
+                fault(f"{key}train.engine", what, mend)
 
     @property
     def folder(self) -> Path:

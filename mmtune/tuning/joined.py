@@ -66,22 +66,23 @@ class WeightPenalty:
         shards = self.shards
         penalty, task = [], []
         for parameter in self.parameters():
-            total = shards.whole(parameter, shards.gradient(parameter))
+            total = shards.gradient(parameter)
             mine = self.kept.get(parameter)
-            if not shards.before_mean:
-                assert mine is not None
-                mine = shards.whole(parameter, mine)
-            elif shards.count > 1:
-                mine = torch.zeros_like(total) if mine is None else mine.clone()
+            if shards.before_mean and shards.count > 1:
+                shape = shards.shape(parameter)
+                mine = total.new_zeros(shape) if mine is None else mine.to(total.dtype, copy=True)
                 mine = shards.sum(mine) / shards.count
             assert mine is not None
+            if shards.before_mean:
+                mine = shards.piece(parameter, mine)
             if parameter in masks:
-                mine = mine.masked_fill(~masks[parameter], 0)
+                mine = mine.masked_fill(~shards.piece(parameter, masks[parameter]), 0)
             penalty.append(mine.double().square().sum())
             task.append((total.double() - mine).square().sum())
         self.kept = {}
-        both = torch.stack([torch.stack(penalty).sum(), torch.stack(task).sum()]).tolist()
-        return both[0], both[1]
+        both = torch.stack([torch.stack(penalty).sum(), torch.stack(task).sum()])
+        found = (shards.sum(both) if shards.split else both).tolist()
+        return found[0], found[1]
 
     def _join(self, parameter: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
         mine = self.ready.pop(parameter, None)

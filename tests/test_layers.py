@@ -16,7 +16,8 @@ data.chat data.image data.samples data.batches data.cards data.tiny data.tiny_to
 parts.spec parts.fingerprint parts.loading parts.vision.base parts.vision.clip
 parts.connector.base parts.connector.linear parts.connector.mlp
 parts.quantized parts.language parts.model parts.between parts.adapters
-tuning.shards tuning.fsdp_shards tuning.zero_shards tuning.base tuning.penalty tuning.segments tuning.joined
+tuning.shards tuning.fsdp_shards tuning.zero_shards tuning.base tuning.penalty_triton tuning.penalty
+tuning.segments tuning.joined
 tuning.frozen tuning.full tuning.lora tuning.sculpt tuning.kl
 evaluation.metrics.base evaluation.metrics.repair
 evaluation.metrics.ptb evaluation.metrics.coco_java evaluation.metrics.captions

@@ -43,14 +43,16 @@ class PenaltyOptions:
     kind: `conflict` weighs each entry with the retention mask M; `constant`, the control, weighs all alike,
     with the root mean square of M over the matrix, so that only the mask's shape is missing. omega: of M.
     modules: what it falls on: `all` modules that train, those that are
-    `pruned`, or full module names under the part, with * for any part of a name; over several it is
-    their mean.
+    `pruned`, or full module names under the part, with * for any part of a name. reduction: over several it
+    is their `mean` or their `sum`. scaled: the update that is penalised is (alpha / r) B A, not B A alone.
     """
 
     weight: float
     kind: Literal["conflict", "constant"] = "conflict"
     omega: float = 1.0
     modules: Literal["all", "pruned"] | list[str] = "all"
+    reduction: Literal["mean", "sum"] = "mean"
+    scaled: bool = False
 
     def check(self, fault: Report) -> None:
         if self.weight < 0:
@@ -59,6 +61,10 @@ class PenaltyOptions:
             fault("omega", f"expected more than 0, found {self.omega}")
         if self.modules == []:
             fault("modules", "an empty list: nothing would be penalised")
+
+    def factor(self, count: int, scaling: float = 1.0) -> float:
+        """What the penalty of each of `count` modules weighs in the loss; scaling: alpha / r, if any."""
+        return self.weight * (scaling if self.scaled else 1.0) / (count if self.reduction == "mean" else 1)
 
     def select(self, trained: Sequence[str], part: str) -> list[str]:
         """The modules among `trained` that the penalty falls on, for a tuner that prunes all of them or none.

@@ -31,6 +31,8 @@ class FullOptions:
             fault("lr", f"expected 0 or more, found {self.lr}")
         if self.penalty and self.penalty.modules == "pruned":
             fault("penalty.modules", "nothing is pruned by this tuner", "Use modules: all.")
+        if self.penalty and self.penalty.scaled:
+            fault("penalty.scaled", "weights that train in full have no alpha / r", "Leave it out.")
 
     def make(self) -> FullTuner:
         return FullTuner(self)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from mmtune.tuning.penalty import RetentionMask, retention_mask, update_penalty
+from mmtune.tuning.penalty import RetentionMask, retention_mask, update_penalties
 from mmtune.tuning.segments import Rows, Segment, make_masks
 from mmtune.tuning.shards import even
 
@@ -90,9 +90,10 @@ class WeightPenalty:
 
 
 class UpdatePenalty(WeightPenalty):
-    """alpha times the mean of ||M * (B A)||_F over modules.
+    """alpha times the mean (or sum) of ||M * (B A)||_F over modules.
 
-    pairs: A and B of each module by name, as they are now. weights: its frozen weight, likewise.
+    pair: A and B of each module by name, as they are now. weight: its frozen weight, likewise. scaling: alpha
+    / r of all of them.
     """
 
     def __init__(
@@ -101,8 +102,10 @@ class UpdatePenalty(WeightPenalty):
         names: list[str],
         pair: Callable[[str], Pair],
         weight: Callable[[str], torch.Tensor],
+        scaling: float,
     ) -> None:
         super().__init__(options)
+        self.factor = options.factor(len(names), scaling)
         self.names = names
         self.pair = pair
         self.weight = weight
@@ -115,16 +118,16 @@ class UpdatePenalty(WeightPenalty):
     def make_ready(self) -> torch.Tensor:
         if self.shards.weights_split:
             return self._make_ready_together()
-        shards, factor = self.shards, self.options.weight / len(self.names)
+        shards, factor = self.shards, self.factor
         if not self.masks:
             sizes = {name: self.weight(name).numel() for name in self.names}
             for name in dealt(sizes, shards.count)[shards.rank]:
                 constant = self.options.kind == "constant"
                 self.masks[name] = retention_mask(self.weight(name), self.options.omega, constant)
         values = [torch.zeros((), device=self.pair(self.names[0])[0].device)]
-        for name, mask in self.masks.items():
-            a, b = self.pair(name)
-            value, grad_a, grad_b = update_penalty(mask, a, b)
+        pairs = [self.pair(name) for name in self.masks]
+        made = update_penalties(list(self.masks.values()), pairs)
+        for (a, b), (value, grad_a, grad_b) in zip(pairs, made, strict=True):
             values.append(factor * value)
             self.ready[a] = grad_a.mul_(factor * shards.count)
             self.ready[b] = grad_b.mul_(factor * shards.count)
@@ -138,7 +141,7 @@ class UpdatePenalty(WeightPenalty):
         do = self._add_shares if shards.before_mean else self._add_rows
         sizes = {name: shards.shape(self.pair(name)[0]).numel() for name in self.names}
         values = [do(names) for names in bundles(sizes)]
-        return self.options.weight / len(self.names) * torch.stack(values).sum() / shards.count
+        return self.factor * torch.stack(values).sum() / shards.count
 
     def _cut_masks(self) -> None:
         shards, omega, constant = self.shards, self.options.omega, self.options.kind == "constant"
@@ -191,8 +194,7 @@ class UpdatePenalty(WeightPenalty):
         return norms.sum()
 
     def _scales(self, norms: torch.Tensor) -> torch.Tensor:
-        factor = self.options.weight / len(self.names)
-        return torch.where(norms > 0, factor / norms, torch.zeros_like(norms))
+        return torch.where(norms > 0, self.factor / norms, torch.zeros_like(norms))
 
 
 class DriftPenalty(WeightPenalty):
@@ -216,7 +218,7 @@ class DriftPenalty(WeightPenalty):
         return [self.current(name) for name in self.initial]
 
     def make_ready(self) -> torch.Tensor:
-        shards, factor = self.shards, self.options.weight / len(self.initial)
+        shards, factor = self.shards, self.options.factor(len(self.initial))
         if not self.pieces:
             for name, initial in self.initial.items():
                 mask = retention_mask(initial, self.options.omega, self.options.kind == "constant")

@@ -102,7 +102,7 @@ class LoraTuner(Tuner):
             raise RuntimeError(f"peft adapted {sorted(self.layers)}, asked for were {targets}")
         if options.penalty:
             self.weight_penalty = UpdatePenalty(
-                options.penalty, self.penalised, self.pair, self.frozen_weight
+                options.penalty, self.penalised, self.pair, self.frozen_weight, options.alpha / options.rank
             )
         return self._rows(part, core)
 

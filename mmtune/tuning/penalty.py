@@ -12,19 +12,24 @@ Where D = 0 (B before its first step) value and gradients are 0. An all-zero W h
 Source: Liang et al., LoRASculpt, CVPR 2025, arXiv 2503.16843.
 
 M^2 of a weight stored in 16 bits comes from a table over its 15 bits of magnitude, of one stored in 4 bits
-(bitsandbytes) from the 16 values of its block, of one in 8 bits from the 129 magnitudes of its row.
+(bitsandbytes) from the 16 values of its block, of one in 8 bits from the 129 magnitudes of its row. On a GPU
+`penalty_triton` computes M^2 anew, which is faster there than to look it up.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from mmtune.core.errors import UserError
+
+if TYPE_CHECKING:
+    from mmtune.tuning.penalty_triton import Stored
 
 TILE_ENTRIES = 1 << 18  # two buffers of 1 MiB
 TILE_COLUMNS = 2048  # so a strip of B^T G stays in a processor's cache while all rows are added to it
@@ -133,6 +138,9 @@ class RetentionMask:
 
     def products(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B^T G [r x q], G A^T [p x r]) with G = M^2 * (B A), for a (r x q) and b (p x r); no autograd."""
+        if (stored := _for_a_gpu(self, a)) is not None:
+            b_g, g_a = _on_a_gpu([stored], [self], a[None], b[None])
+            return b_g[0], g_a[0]
         b_g, g_a = torch.zeros_like(a), torch.zeros_like(b)
         for rows, columns, g, spare in self._tiles(a.dtype):
             self.fill(g, spare, rows, columns)
@@ -140,6 +148,14 @@ class RetentionMask:
             g_a[rows].addmm_(g, a[:, columns].T)
             b_g[:, columns].addmm_(b[rows].T, g)
         return b_g, g_a
+
+    def stored(self) -> Stored | None:
+        """The weight for `penalty_triton`; None where M is made of something else or otherwise."""
+        from mmtune.tuning.penalty_triton import TYPES, Stored
+
+        data = self.weight.detach()
+        plain = type(self) in (RetentionMask, TableMask) and data.dtype in TYPES and data.is_contiguous()
+        return Stored(data) if plain else None
 
     def _tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
         """Tiles that cover the whole, strip after strip of columns: rows, columns and two buffers [t, c]."""
@@ -204,6 +220,15 @@ class BlockMask(RetentionMask):
         values = self._values(rows).to(out.dtype)
         self._look_up(out, rows, retention_mask_squared(values, self.norm, self.omega))
 
+    def stored(self) -> Stored | None:
+        from mmtune.tuning.penalty_triton import Stored
+
+        state = self._state()
+        scale = self._largest(0, len(state.absmax)).contiguous()
+        code = state.code.float().to(scale.device)
+        packed = self.weight.detach().contiguous().view(-1).view(torch.uint8)
+        return Stored(packed, scale, code, state.blocksize, state.dtype)
+
     def _blocks(self, rows: slice) -> tuple[int, int]:
         """The first block of some rows, and the one after the last."""
         size, q = self._state().blocksize, self.shape[1]
@@ -212,12 +237,16 @@ class BlockMask(RetentionMask):
     def _values(self, rows: slice) -> torch.Tensor:
         """The 16 values of each block of some rows [blocks, 16]."""
         state = self._state()
-        first, after = self._blocks(rows)
+        return (state.code * self._largest(*self._blocks(rows))[:, None]).to(state.dtype)
+
+    def _largest(self, first: int, after: int) -> torch.Tensor:
+        """The largest magnitude of each of some blocks, fp32; it may be stored in 8 bits itself."""
+        state = self._state()
         largest = state.absmax[first:after]
         if state.nested:
             groups = torch.arange(first, after, device=largest.device) // state.state2.blocksize
             largest = state.state2.code[largest.int()] * state.state2.absmax[groups] + state.offset
-        return (state.code * largest.float()[:, None]).to(state.dtype)
+        return largest.float()
 
     def _look_up(self, out: torch.Tensor, rows: slice, table: torch.Tensor) -> None:
         """Fills whole rows [t, q] with each entry's number in its block's row of `table` [blocks, 16]."""
@@ -254,6 +283,11 @@ class RowMask(RetentionMask):
     def fill(self, out: torch.Tensor, spare: torch.Tensor, rows: slice, columns: slice) -> None:
         values = self._values(rows).to(out.dtype)
         self._look_up(out, rows, retention_mask_squared(values, self.norm, self.omega))
+
+    def stored(self) -> Stored | None:
+        from mmtune.tuning.penalty_triton import Stored
+
+        return Stored(self.weight.detach().contiguous(), self.scale.contiguous())
 
     def _values(self, rows: slice) -> torch.Tensor:
         """The magnitudes of each row [t, 129]."""
@@ -325,14 +359,58 @@ def update_penalty(
 
     Computed in fp32, or fp64 where the adapter is.
     """
-    dtype = _precision(lora_a)
-    # Under autocast the products would be bf16, in which most of this penalty's gradient is lost.
-    with torch.no_grad(), torch.autocast(lora_a.device.type, enabled=False):
-        a, b = lora_a.detach().to(dtype), lora_b.detach().to(dtype)
-        b_g, g_a = mask.products(a, b)
-        value = (b * g_a).sum().clamp_min(0).sqrt()
-        scale = torch.where(value > 0, 1 / value, torch.zeros_like(value))
-        return value, b_g.mul_(scale), g_a.mul_(scale)
+    return update_penalties([mask], [(lora_a, lora_b)])[0]
+
+
+def update_penalties(
+    masks: Sequence[RetentionMask], pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """As `update_penalty` for (A, B) of many modules; on a GPU those that are alike share a launch."""
+    alike: dict[object, list[int]] = {}
+    stored = [_for_a_gpu(mask, a) for mask, (a, _) in zip(masks, pairs, strict=True)]
+    for i, (mask, (a, _), one) in enumerate(zip(masks, pairs, stored, strict=True)):
+        key = i if one is None else (type(mask), mask.shape, mask.omega, a.shape, a.device, one.kind())
+        alike.setdefault(key, []).append(i)
+    made: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+    for numbers in alike.values():
+        dtype = _precision(pairs[numbers[0]][0])
+        # Under autocast the products would be bf16, in which most of this penalty's gradient is lost.
+        with torch.no_grad(), torch.autocast(pairs[numbers[0]][0].device.type, enabled=False):
+            a, b = (torch.stack([pairs[i][k].detach().to(dtype) for i in numbers]) for k in (0, 1))
+            if stored[numbers[0]] is None:
+                b_g, g_a = (made_of[None] for made_of in masks[numbers[0]].products(a[0], b[0]))
+            else:
+                b_g, g_a = _on_a_gpu([stored[i] for i in numbers], [masks[i] for i in numbers], a, b)
+            values = (b * g_a).sum((1, 2)).clamp_min(0).sqrt()
+            scales = torch.where(values > 0, 1 / values, torch.zeros_like(values))[:, None, None]
+            rows = zip(values, b_g.mul_(scales), g_a.mul_(scales), strict=True)
+            made.update(zip(numbers, rows, strict=True))
+    return [made[i] for i in range(len(masks))]
+
+
+def _for_a_gpu(mask: RetentionMask, a: torch.Tensor) -> Stored | None:
+    """The weight for `penalty_triton`, where that is to compute the products."""
+    return mask.stored() if _launches(mask, a) else None
+
+
+def _launches(mask: RetentionMask, a: torch.Tensor) -> bool:
+    return a.device.type == "cuda" and find_spec("triton") is not None and fits_a_launch(mask, a)
+
+
+def fits_a_launch(mask: RetentionMask, a: torch.Tensor) -> bool:
+    """Whether the kernel's fp32 and 32-bit places and its tiles are enough for a mask and an A (r x q)."""
+    in_range = mask.norm == 0 or 1e-25 < mask.norm < 1e25
+    return in_range and mask.shape.numel() < 2**31 and len(a) <= 128 and a.dtype != torch.float64
+
+
+def _on_a_gpu(
+    stored: Sequence[Stored | None], masks: Sequence[RetentionMask], a: torch.Tensor, b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The products of modules that are alike: (B^T G [n, r, q], G A^T [n, p, r])."""
+    from mmtune.tuning.penalty_triton import products
+
+    weights = [one for one in stored if one is not None]
+    return products(weights, [mask.norm for mask in masks], masks[0].omega, a.contiguous(), b.contiguous())
 
 
 def conflict_penalty(

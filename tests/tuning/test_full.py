@@ -169,3 +169,6 @@ def test_faulty_options() -> None:
     options = FullOptions(lr=-1.0, penalty=PenaltyOptions(1.0, modules="pruned"))
     options.check(lambda where, *_: found.append(where))
     assert found == ["lr", "penalty.modules"]
+    found.clear()
+    FullOptions(1e-3, penalty=PenaltyOptions(1.0, scaled=True)).check(lambda where, *_: found.append(where))
+    assert found == ["penalty.scaled"]

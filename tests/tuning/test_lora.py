@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -144,8 +144,13 @@ def test_factors_are_fp32_on_a_bf16_model(tmp_path: Path) -> None:
         assert {factor.dtype for factor in tuner.pair(name)} == {torch.float32}
 
 
-def test_the_penalty_is_the_weighted_mean_over_layers(model: VisionLanguageModel) -> None:
-    tuner = attached(model, penalty=PenaltyOptions(0.3, omega=2.0))
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_penalty_is_the_weighted_mean_or_sum_over_layers(
+    model: VisionLanguageModel, reduction: Literal["mean", "sum"], scaled: bool
+) -> None:
+    """Of B A, or with the alpha / r that the layers themselves give it."""
+    tuner = attached(model, penalty=PenaltyOptions(0.3, omega=2.0, reduction=reduction, scaled=scaled))
     zero, joining = penalty_of(tuner)
     assert zero.item() == 0 and not any(gradient.any() for gradient in joining.values())
     for name in tuner.layers:
@@ -155,7 +160,9 @@ def test_the_penalty_is_the_weighted_mean_over_layers(model: VisionLanguageModel
         reference.conflict_penalty(layer.get_base_layer().weight, *tuner.pair(name), 2.0)
         for name, layer in tuner.layers.items()
     ]
-    mean = 0.3 * torch.stack(expected).mean()
+    mean = 0.3 * (torch.stack(expected).mean() if reduction == "mean" else torch.stack(expected).sum())
+    if scaled:
+        mean = next(iter(tuner.layers.values())).scaling["default"] * mean
     torch.testing.assert_close(found.double(), mean, rtol=1e-5, atol=0)
     factors = [factor for name in tuner.layers for factor in tuner.pair(name)]
     for factor, theirs in zip(factors, torch.autograd.grad(mean, factors), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from typing import Any
 
 import pytest
 import torch
@@ -330,7 +331,7 @@ def test_bf16_adapters_lose_only_their_gradients_rounding() -> None:
     assert_near(found[1:], expected[1:], 3e-3)
 
 
-def four_bit(weight: Tensor, kind: str, size: int, nested: bool) -> tuple[Tensor, Tensor]:
+def four_bit(weight: Tensor, kind: str, size: int, nested: bool) -> tuple[Any, Tensor]:
     """The parameter of bitsandbytes, and what bitsandbytes makes of it."""
     bnb = pytest.importorskip("bitsandbytes")
     stored = bnb.nn.Params4bit(

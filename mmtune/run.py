@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mmtune.core.config import Report, Source, chosen_by, leaves, parse, to_dict
+from mmtune.core.config import Report, Source, chosen_by, leaves, parse, presets_in, to_dict
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json
 from mmtune.core.table import nearest
@@ -97,8 +97,13 @@ class ReplayOptions:
 
 @dataclass
 class TuneOptions:
-    """A tuner for each part."""
+    """A tuner for each part. preset: where to start from, one of mmtune/tuning/presets; what is given beside
+    it comes first.
+    """
 
+    preset: str | None = field(
+        default=None, metadata=presets_in(Path(__file__).parent / "tuning" / "presets")
+    )
     vision: Any = field(default_factory=FrozenOptions, metadata=chosen_by("tuner", TUNERS, "frozen"))
     connector: Any = field(default_factory=FrozenOptions, metadata=chosen_by("tuner", TUNERS, "frozen"))
     language: Any = field(default_factory=FrozenOptions, metadata=chosen_by("tuner", TUNERS, "frozen"))
@@ -118,6 +123,25 @@ class CheckpointOptions:
 
 
 @dataclass
+class ProbeOptions:
+    """A fixed batch on which the run is looked at every so many optimiser steps; it changes nothing else.
+
+    data: by default the stage's own. samples: so many of them, evenly over their order.
+    """
+
+    data: list[DataOptions] | None = None
+    samples: int = 32
+    every: int = 50
+
+    def check(self, fault: Report) -> None:
+        for name in ("samples", "every"):
+            if getattr(self, name) < 1:
+                fault(name, f"expected 1 or more, found {getattr(self, name)}")
+        if self.data == []:
+            fault("data", "an empty list: there is nothing to look at", "Leave it out for the stage's own.")
+
+
+@dataclass
 class TrainOptions:
     """How long, in what batches, on what schedule.
 
@@ -125,8 +149,8 @@ class TrainOptions:
     pass and process; by default a process takes its share of a batch at once. warmup: fraction of the run.
     max_length: tokens, pictures included. too_long: what happens to a longer sample; it is never cut.
     engine: how the processes that torchrun, `accelerate launch` or `deepspeed` start share the work; what
-    comes out is the same. deepspeed: a DeepSpeed
-    JSON of one's own for the zero engines, in place of mmtune's.
+    comes out is the same. deepspeed: a DeepSpeed JSON of one's own for the zero engines, in place of
+    mmtune's. probe: measures loss and KL to the base on a fixed batch as the run goes on.
     """
 
     batch_size: int
@@ -143,6 +167,7 @@ class TrainOptions:
     workers: int = 0
     activation_checkpointing: bool = False
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    probe: ProbeOptions | None = None
     engine: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "single"
     deepspeed: Path | None = None
 
@@ -224,6 +249,19 @@ class Stage:
     kl: KlOptions | None = None
     name: str = ""
 
+    def check(self, fault: Report) -> None:
+        if self.train.engine not in ("zero3", "fsdp2"):
+            return
+        for part in PARTS:
+            tuner = getattr(self.tune, part)
+            penalty = getattr(tuner, "penalty", None)
+            if penalty and penalty.kind in ("activation", "gradient") and tuner.tuner != "full":
+                fault(
+                    f"tune.{part}.penalty.kind",
+                    f"the engine {self.train.engine} splits the weights, which {penalty.kind} needs whole",
+                    "Use kind: conflict, or an engine that keeps them whole (ddp, zero1, zero2).",
+                )
+
     @property
     def all_data(self) -> list[DataOptions]:
         """Its own data, then what it replays."""
@@ -251,6 +289,8 @@ class RunOptions:
             for name in ("data", "tune", "train"):
                 if not getattr(self, name):
                     fault("", f"'{name}' is missing", "Or give 'stages'.")
+            if self.data and self.train and self.tune:
+                self.all_stages()[0].check(fault)
         else:
             for name in ("data", "tune", "train", "replay", "kl"):
                 if getattr(self, name) is not None:
@@ -332,7 +372,9 @@ def read_run(path: Path, overrides: list[str] | None = None) -> RunOptions:
 # What changes no result: names and places, how often is logged and saved, how the work is split, and the
 # evaluation, which says itself how it was made.
 SPLIT = "log_every|workers|engine|deepspeed|micro_batch_size|activation_checkpointing"
-INDIFFERENT = re.compile(rf"(stages\.\d+\.)?(name|train\.({SPLIT}|checkpoint\..*))|output|evaluate(\..*)?")
+INDIFFERENT = re.compile(
+    rf"(stages\.\d+\.)?(name|train\.({SPLIT}|(checkpoint|probe)\..*))|output|evaluate(\..*)?"
+)
 
 
 def deciding(config: Any) -> dict[str, Any]:

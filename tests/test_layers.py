@@ -17,7 +17,7 @@ parts.spec parts.fingerprint parts.loading parts.vision.base parts.vision.clip
 parts.connector.base parts.connector.linear parts.connector.mlp
 parts.quantized parts.language parts.model parts.between parts.adapters
 tuning.shards tuning.fsdp_shards tuning.zero_shards tuning.base tuning.penalty_triton tuning.penalty
-tuning.segments tuning.joined
+tuning.segments tuning.importance tuning.joined
 tuning.frozen tuning.full tuning.lora tuning.sculpt tuning.kl
 evaluation.metrics.base evaluation.metrics.repair
 evaluation.metrics.ptb evaluation.metrics.coco_java evaluation.metrics.captions
@@ -42,7 +42,7 @@ evaluation.analyse evaluation.analysis_picture
 training.zero_json run
 training.folder training.plan training.optim training.engine training.fsdp training.zero training.checkpoint
 training.meter training.signals
-training.loop training.check
+training.probe training.loop training.check
 interop.lmms_eval interop.comparison interop.merged
 experiments.estimate experiments.sweep
 bench.generate bench.score bench.train

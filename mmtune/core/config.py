@@ -1,7 +1,8 @@
 """YAML and `key=value` into dataclasses, with every fault gathered and named by file and line.
 
 This file knows no part's options: a field whose type depends on a name next to it says so in its
-metadata, `field(metadata=chosen_by("tuner", TUNERS))`.
+metadata, `field(metadata=chosen_by("tuner", TUNERS))`. A field that names a file of values to start from does
+so too: `field(default=None, metadata=presets_in(folder))`.
 """
 
 from __future__ import annotations
@@ -200,6 +201,15 @@ def chosen_by(key: str, table: Table, default: str | None = None) -> dict[str, A
     return {"choose": (key, table, default)}
 
 
+def presets_in(folder: Path) -> dict[str, Any]:
+    """Field metadata: the field names a YAML in `folder`, whose values stand wherever none are given.
+
+    Once read, the options hold the values and no longer the name, so that they mean the same wherever they
+    are written down.
+    """
+    return {"presets": folder}
+
+
 def parse(cls: type, source: Source) -> Any:
     """An instance of the dataclass `cls` from a YAML file. Raises UserError with every fault at once."""
     value = build(cls, source.tree, (), source)
@@ -239,6 +249,9 @@ def build(cls: type, tree: Any, key: Path_, source: Source) -> Any:
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     before = len(source.faults)
+    for name, field in fields.items():
+        if "presets" in field.metadata and tree.get(name) is not None:
+            tree = _with_preset(field.metadata["presets"], name, tree, fields, key, source)
     for name in tree:
         if name not in fields:
             source.fault((*key, name), f"unknown key '{name}'", nearest(name, list(fields)))
@@ -275,6 +288,31 @@ def build(cls: type, tree: Any, key: Path_, source: Source) -> Any:
             if not unknown:  # otherwise it went on to what cannot be told without the field
                 raise
     return made if len(source.faults) == before else None
+
+
+def _with_preset(
+    folder: Path, name: str, tree: dict[str, Any], fields: dict[str, Any], key: Path_, source: Source
+) -> dict[str, Any]:
+    """`tree` laid over the preset that its entry `name` names; a block of another kind replaces its own."""
+    own = {inner: value for inner, value in tree.items() if inner != name}
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if tree[name] not in known:
+        source.fault((*key, name), f"unknown {name} '{tree[name]}'", nearest(str(tree[name]), known))
+        return own
+    preset = Source(folder / f"{tree[name]}.yaml").tree
+    for inner, value in own.items():
+        if "choose" in getattr(fields.get(inner), "metadata", ()) and isinstance(value, dict):
+            by = fields[inner].metadata["choose"][0]
+            kind = preset.get(inner, {}).get(by)
+            if value.get(by, kind) != kind:
+                del preset[inner]
+    return typing.cast(dict[str, Any], _overlay(preset, own))
+
+
+def _overlay(under: Any, over: Any) -> Any:
+    if not isinstance(under, dict) or not isinstance(over, dict):
+        return over
+    return {**under, **{name: _overlay(under.get(name), value) for name, value in over.items()}}
 
 
 class _Unknown:

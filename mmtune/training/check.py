@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 from rich.text import Text
 
-from mmtune.core.config import Source, build
+from mmtune.core.config import Source, build, to_dict
 from mmtune.core.errors import Fault, UserError
 from mmtune.data.batches import Example, check_pictures, encode_samples
 from mmtune.data.chat import IGNORE, IMAGE, IMAGE_ID, Chat
@@ -40,6 +41,7 @@ from mmtune.training.plan import count_replay, count_steps, print_tuning_table, 
 from mmtune.tuning.base import Row
 
 Key = tuple[str, ...]
+MOST_COLUMNS = 10**6  # of a line that YAML is to leave in one
 # Stands in for a faulty `train`, of which was told: it must be no reason to find anything.
 NO_LIMITS = TrainOptions(batch_size=1, steps=1, max_length=10**9)
 
@@ -139,9 +141,14 @@ def _check_stage(
     settings = stage.train
     own = _check_data(faults, key, stage.data, found.chat, settings)
     pool = _check_data(faults, key, stage.replay.data if stage.replay else [], found.chat, settings)
+    probe = _check_data(faults, key, (settings.probe and settings.probe.data) or [], found.chat, settings)
     found.examples, found.pool = own.examples, len(pool.samples)
-    found.skipped = own.skipped + pool.skipped
-    shown = [*(own.examples or own.samples), *(pool.examples or pool.samples)]
+    found.skipped = own.skipped + pool.skipped + probe.skipped
+    shown = [
+        *(own.examples or own.samples),
+        *(pool.examples or pool.samples),
+        *(probe.examples or probe.samples),
+    ]
     faults.gather((), check_pictures, shown)
     paths = [path for path in dict.fromkeys(path for one in shown for path in one.images) if path.is_file()]
     found.pictures = len(paths)
@@ -272,11 +279,17 @@ def _placed(fault: Fault, source: Source, key: Key) -> Fault:
 
 def _print_stage(found: StageFound, number: int | None, options: RunOptions, samples: int) -> None:
     console = Console(highlight=False)
-    train = options.all_stages()[(number or 1) - 1].train
+    stage = options.all_stages()[(number or 1) - 1]
+    train = stage.train
     if number:
         console.print(f"\nStage {number}: {found.name}" if found.name else f"\nStage {number}", style="bold")
     if found.rows:
         print_tuning_table(found.rows, console)
+    console.print("tune:")
+    for part in PARTS:
+        described = to_dict(getattr(stage.tune, part))
+        line = yaml.safe_dump(described, default_flow_style=True, sort_keys=False, width=MOST_COLUMNS)
+        console.print(f"  {part}: {line.strip()}", markup=False, soft_wrap=True)
     if not found.examples or not found.steps:
         return
     count = len(found.examples)

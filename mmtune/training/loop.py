@@ -14,11 +14,12 @@ from torch.utils.data import DataLoader
 
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, remove_partials, write_json
-from mmtune.core.processes import said_once, wait
+from mmtune.core.processes import said_once, tell, wait
 from mmtune.core.versions import commit, versions
-from mmtune.data.batches import Batch, collate_or_error
+from mmtune.data.batches import Batch, Example, collate, collate_or_error
 from mmtune.evaluation.restore import QUANTIZED_BASE
 from mmtune.parts.fingerprint import start_hash
+from mmtune.parts.loading import torch_dtype
 from mmtune.parts.model import VisionLanguageModel, assemble, write_quantized
 from mmtune.parts.spec import PARTS, ModelOptions
 from mmtune.run import RunOptions, Stage, config_hash, data_hash
@@ -42,10 +43,13 @@ from mmtune.training.plan import (
     print_tuning_table,
     read_examples,
     read_replay,
+    say_contrasts,
     shared,
 )
+from mmtune.training.probe import Probe, spread
 from mmtune.training.signals import Signals, leave_to_parent
 from mmtune.tuning.base import Tuner
+from mmtune.tuning.importance import chosen, measure
 from mmtune.tuning.kl import Teacher
 from mmtune.tuning.shards import Shards
 
@@ -105,7 +109,7 @@ def _train_stage(
     # Moved before anything is attached: what a tuner keeps beside the weights lies where they lie.
     model = assemble(base, exact).to(engine.device)
     rates = _attach(model, tuners, folder, number, engine.rank == 0)
-    teacher = Teacher(model) if stage.kl else None
+    teacher = Teacher(model) if stage.kl or settings.probe else None
     if settings.activation_checkpointing:
         for part in (model.vision, model.language):
             part.hf.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[union-attr,operator]
@@ -113,10 +117,18 @@ def _train_stage(
     examples = read_examples(model.chat, stage.data, settings)
     pool, replayed = read_replay(model.chat, stage, len(examples), options.seed)
     plan = make_plan(examples, settings, options.seed, pool, replayed)
-    examples += pool
     steps = len(plan)
     for tuner in tuners.values():
         tuner.start(steps, options.seed)
+    _measure(model, tuners, examples, options)
+    if engine.rank == 0:
+        _tell_contrasts(tuners, folder, number)
+    probe = None
+    if settings.probe and teacher:
+        data = settings.probe.data
+        seen = read_examples(model.chat, data, settings) if data else examples
+        probe = Probe(spread(seen, settings.probe.samples), settings, teacher, engine)
+    examples += pool
 
     optimizer = make_optimizer(model, rates, settings.weight_decay)
     state: dict[str, Any] = {
@@ -167,7 +179,9 @@ def _train_stage(
         signals.hold()
         for step in range(start, steps):
             step_number = first_step + step + 1
-            log = step == 0 or (step + 1) % settings.log_every == 0 or step + 1 == steps
+            every = [settings.log_every, *([settings.probe.every] if settings.probe else [])]
+            log, *looks = (step == 0 or (step + 1) % n == 0 or step + 1 == steps for n in every)
+            log = log or any(looks)
             # Of the step alone, so that a resumed run draws what the first run drew.
             torch.manual_seed(seed_of(options.seed, step_number, engine.rank))
             rates_now = set_rates(
@@ -219,7 +233,9 @@ def _train_stage(
             )
             if log:
                 for tuner in tuners.values():
-                    line |= tuner.densities()
+                    line |= tuner.densities() | tuner.update_norms()
+                if probe and any(looks):
+                    line |= probe.look()
                 meter.log(line)
             if step + 1 < steps and (told[-1] or (step + 1) % settings.checkpoint.every == 0):
                 _stop_if_weights_not_finite(model, engine.shards, step_number, micros, checkpoints)
@@ -254,6 +270,34 @@ def _attach(
     return rates
 
 
+def _measure(
+    model: VisionLanguageModel, tuners: dict[str, Tuner], examples: list[Example], options: RunOptions
+) -> None:
+    """Measures what the penalties' masks are made from, where that is not the weights alone."""
+    penalties = [tuner.weight_penalty for tuner in tuners.values() if tuner.weight_penalty]
+    watched = [one for penalty in penalties for one in penalty.measured.values()]
+    if watched:
+        samples = [examples[i] for i in chosen(len(examples), options.seed)]
+        tell(f"penalty: its masks are measured on {len(samples)} samples")
+        batches = (collate([sample], model.transform, model.language.pad_id) for sample in samples)
+        measure(model, watched, batches, torch_dtype(options.model.dtype))
+
+
+def _tell_contrasts(tuners: dict[str, Tuner], folder: Path, number: int) -> None:
+    """Says how much the penalties' masks tell entries apart, and adds it to the tuning table, by module."""
+    table = folder / "tuning_table.json"
+    rows = read_json(table)
+    for part, tuner in tuners.items():
+        found = tuner.weight_penalty.contrasts() if tuner.weight_penalty else {}
+        for row in rows:
+            if (row["stage"], row["part"]) == (number, part):
+                own = [found[name] for name in (row["module"], f"{row['module']}.weight") if name in found]
+                row["mask_contrast"] = own[0] if own else None
+        if found:
+            tell(say_contrasts(part, list(found.values())))
+    write_json(table, rows)
+
+
 def _whole(made: Batch | UserError) -> Batch:
     """A batch from the loader; what went wrong in a worker is raised here."""
     if isinstance(made, UserError):
@@ -265,7 +309,8 @@ def _gradient_norms(tuners: dict[str, Tuner]) -> dict[str, float]:
     """Of the penalties and of the task, over the parameters that a penalty falls on."""
     squares = [found for tuner in tuners.values() if (found := tuner.gradient_norms()) is not None]
     penalty, task = (math.sqrt(sum(each)) for each in zip(*squares, strict=True))
-    return {"penalty_grad_norm": penalty, "task_grad_norm": task}
+    ratio = {"penalty_grad_ratio": penalty / task} if task else {}
+    return {"penalty_grad_norm": penalty, "task_grad_norm": task, **ratio}
 
 
 def _stop_if_weights_not_finite(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -39,10 +40,26 @@ def print_tuning_table(rows: list[Row], console: Console | None = None) -> None:
                 f"{sum(row.trained for row in mine):,}",
                 f"{sum(row.parameters for row in mine):,}",
                 next((f"{row.lr:g}" for row in mine if row.lr is not None), "-"),
-                str(sum(row.pruned for row in mine) or "-"),
+                _pruned(mine),
                 str(sum(row.regularised for row in mine) or "-"),
             )
     (console or Console(stderr=True)).print(table)
+
+
+def say_contrasts(part: str, contrasts: Sequence[float]) -> str:
+    """The line that tells how much the masks of a penalty tell entries apart."""
+    low, middle, high = min(contrasts), statistics.median(contrasts), max(contrasts)
+    return (
+        f"penalty on the {part}: std / mean of its mask {low:.3f} to {high:.3f}, {middle:.3f} in the "
+        f"middle of {len(contrasts)} matrices (0: all entries weigh alike)"
+    )
+
+
+def _pruned(rows: list[Row]) -> str:
+    """How many modules, and their density, or the lowest and the highest: 14 (0.1-0.3)."""
+    found = sorted({row.density for row in rows if row.density is not None})
+    ends = dict.fromkeys([*found[:1], *found[-1:]])
+    return f"{sum(row.pruned for row in rows)} ({'-'.join(f'{d:g}' for d in ends)})" if found else "-"
 
 
 def read_examples(chat: Chat, data: list[DataOptions], settings: TrainOptions) -> list[Example]:

@@ -40,15 +40,17 @@ TUNERS = Table(
 class PenaltyOptions:
     """A penalty on weights, added to the task's loss with `weight` (alpha or beta of LoRASculpt).
 
-    kind: `conflict` weighs each entry with the retention mask M; `constant`, the control, weighs all alike,
-    with the root mean square of M over the matrix, so that only the mask's shape is missing. omega: of M.
+    kind: how each entry is weighed. `conflict`: the paper's retention mask M, from |W|. `activation`: M from
+    |W| x the root mean square of the layer's inputs; `gradient`: M from |W dL/dW|, both measured on samples
+    of the stage as it begins. `constant`, the control, weighs all alike, with the root mean square of
+    `conflict`'s M over the matrix, so that only the mask's shape is missing. omega: of M.
     modules: what it falls on: `all` modules that train, those that are
     `pruned`, or full module names under the part, with * for any part of a name. reduction: over several it
     is their `mean` or their `sum`. scaled: the update that is penalised is (alpha / r) B A, not B A alone.
     """
 
     weight: float
-    kind: Literal["conflict", "constant"] = "conflict"
+    kind: Literal["conflict", "activation", "gradient", "constant"] = "conflict"
     omega: float = 1.0
     modules: Literal["all", "pruned"] | list[str] = "all"
     reduction: Literal["mean", "sum"] = "mean"
@@ -78,7 +80,10 @@ class PenaltyOptions:
 
 @dataclass
 class Row:
-    """One line of the tuning table: a module, by its full name under the part, and how it is tuned."""
+    """One line of the tuning table: a module, by its full name under the part, and how it is tuned.
+
+    density: the fraction of its A and of its B that stays.
+    """
 
     part: str
     module: str
@@ -88,6 +93,7 @@ class Row:
     lr: float | None = None
     pruned: bool = False
     regularised: bool = False
+    density: float | None = None
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -149,15 +155,21 @@ class Tuner:
         """What to log about sparsity. Every process has to call it."""
         return {}
 
+    def update_norms(self) -> dict[str, float]:
+        """What to log about the size of the update. Every process has to call it."""
+        return {}
+
     def finish(self) -> None:
         """Called after the last step. Raises RuntimeError where what was promised did not happen."""
 
     def state(self) -> dict[str, torch.Tensor]:
         """Tensors beside the weights that a resumed run needs, whole."""
-        return {}
+        return self.weight_penalty.state() if self.weight_penalty else {}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Restores what `state` gave, after `bind`."""
+        if self.weight_penalty:
+            self.weight_penalty.load_state(state)
 
 
 def matching(names: Sequence[str], patterns: Sequence[str], kind: str, where: str) -> list[str]:

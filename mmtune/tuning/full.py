@@ -10,8 +10,6 @@ from mmtune.core.errors import UserError
 from mmtune.tuning.base import PenaltyOptions, Row, Tuner, rows_of
 
 if TYPE_CHECKING:
-    import torch
-
     from mmtune.parts.model import VisionLanguageModel
     from mmtune.tuning.joined import DriftPenalty
 
@@ -72,14 +70,8 @@ class FullTuner(Tuner):
                 if name.rpartition(".")[0] in penalised
             }
             self.weight_penalty = DriftPenalty(self.options.penalty, initial, core.get_parameter)
+            self.weight_penalty.watch(
+                {name: core.get_submodule(name.rpartition(".")[0]) for name in initial}, part
+            )
         getattr(model.options, part).weights = None
         return rows_of(part, core, "full", self.options.lr, penalised)
-
-    def state(self) -> dict[str, torch.Tensor]:
-        if self.weight_penalty is None:
-            return {}
-        return {f"initial.{name}": initial for name, initial in self.weight_penalty.initial.items()}
-
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        if self.weight_penalty:
-            self.weight_penalty.load_initial({name.removeprefix("initial."): t for name, t in state.items()})

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from mmtune.core.errors import UserError
+from mmtune.tuning.importance import MEASURED, Measured
 from mmtune.tuning.penalty import RetentionMask, retention_mask, update_penalties
 from mmtune.tuning.segments import Rows, Segment, make_masks
 from mmtune.tuning.shards import even
@@ -23,20 +25,69 @@ if TYPE_CHECKING:
     from mmtune.tuning.base import PenaltyOptions
     from mmtune.tuning.shards import Shards
 
+MOST_ENTRIES = 1 << 20  # of a weight that the contrast of its mask is taken over
+
 Pair = tuple[nn.Parameter, nn.Parameter]
 
 
 class WeightPenalty:
     """What both kinds share. `ready` holds, between the two calls, what joins each parameter's gradient, in
-    the form and with the factor that `Shards.on_gradient` asks for.
+    the form and with the factor that `Shards.on_gradient` asks for. `measured`: what the masks are made from
+    where that is not the weights alone, by the weights' names.
     """
 
     shards: Shards
 
     def __init__(self, options: PenaltyOptions) -> None:
         self.options = options
+        self.measured: dict[str, Measured] = {}
         self.ready: dict[nn.Parameter, torch.Tensor] = {}
         self.kept: dict[nn.Parameter, torch.Tensor] = {}
+
+    def frozen(self) -> dict[str, torch.Tensor]:
+        """The weights that the masks are of, by name, whole; before an engine has the model."""
+        raise NotImplementedError
+
+    def watch(self, layers: Mapping[str, nn.Module], part: str) -> None:
+        """Says whose inputs and outputs each weight of `frozen` has, where the masks are made from these.
+
+        Raises UserError where that is no linear layer, or quantised weights have no gradient.
+        """
+        kind = self.options.kind
+        if kind not in MEASURED:
+            return
+        for name, weight in self.frozen().items():
+            plain = weight.is_floating_point() or kind == "activation"
+            if not hasattr(layers[name], "in_features") or not plain:
+                raise UserError(
+                    f"{kind} cannot be measured of {name}: no linear layer, or its weights are quantised",
+                    where=f"tune.{part}.penalty.kind",
+                    mend="Use kind: conflict, or name other modules in penalty.modules.",
+                )
+            self.measured[name] = Measured(kind, layers[name], weight)
+
+    def mask(self, name: str, weight: torch.Tensor) -> RetentionMask:
+        """M of one of them."""
+        if name in self.measured:
+            return self.measured[name].mask(self.options.omega)
+        return retention_mask(weight, self.options.omega, self.options.kind == "constant")
+
+    def contrasts(self) -> dict[str, float]:
+        """The standard deviation of M over its mean, by name: 0 where all entries are weighed alike.
+
+        Of a large weight some rows stand for all, evenly spread.
+        """
+        return {name: contrast(self.mask(name, weight)) for name, weight in self.frozen().items()}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What was measured, where it is small; the rest a resumed run measures again."""
+        return {f"{one.kind}.{name}": one.score for name, one in self.measured.items() if one.score.ndim == 1}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Restores what `state` gave."""
+        for name, one in self.measured.items():
+            if one.score.ndim == 1:
+                one.score.copy_(state[f"{one.kind}.{name}"])
 
     def parameters(self) -> list[nn.Parameter]:
         raise NotImplementedError
@@ -112,6 +163,9 @@ class UpdatePenalty(WeightPenalty):
         self.masks: dict[str, RetentionMask] = {}
         self.segments: dict[str, Segment | Rows] = {}
 
+    def frozen(self) -> dict[str, torch.Tensor]:
+        return {name: self.weight(name) for name in self.names}
+
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for name in self.names for parameter in self.pair(name)]
 
@@ -122,8 +176,7 @@ class UpdatePenalty(WeightPenalty):
         if not self.masks:
             sizes = {name: self.weight(name).numel() for name in self.names}
             for name in dealt(sizes, shards.count)[shards.rank]:
-                constant = self.options.kind == "constant"
-                self.masks[name] = retention_mask(self.weight(name), self.options.omega, constant)
+                self.masks[name] = self.mask(name, self.weight(name))
         values = [torch.zeros((), device=self.pair(self.names[0])[0].device)]
         pairs = [self.pair(name) for name in self.masks]
         made = update_penalties(list(self.masks.values()), pairs)
@@ -214,6 +267,9 @@ class DriftPenalty(WeightPenalty):
         self.current = current
         self.pieces: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    def frozen(self) -> dict[str, torch.Tensor]:
+        return self.initial
+
     def parameters(self) -> list[nn.Parameter]:
         return [self.current(name) for name in self.initial]
 
@@ -221,7 +277,7 @@ class DriftPenalty(WeightPenalty):
         shards, factor = self.shards, self.options.factor(len(self.initial))
         if not self.pieces:
             for name, initial in self.initial.items():
-                mask = retention_mask(initial, self.options.omega, self.options.kind == "constant")
+                mask = self.mask(name, initial)
                 parameter = self.current(name)
                 square = mask.squared(slice(None), torch.promote_types(parameter.dtype, torch.float32))
                 self.pieces[name] = shards.piece(parameter, initial), shards.piece(parameter, square)
@@ -239,10 +295,14 @@ class DriftPenalty(WeightPenalty):
             self.ready[parameter] = g
         return factor * norms.sum() / shards.count
 
-    def load_initial(self, initial: Mapping[str, torch.Tensor]) -> None:
-        """Takes W0 from a checkpoint: the weights of a resumed run are no longer what it began with."""
+    def state(self) -> dict[str, torch.Tensor]:
+        return {**super().state(), **{f"initial.{name}": initial for name, initial in self.initial.items()}}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes W0, too, from a checkpoint: the weights of a resumed run are no longer what it began with."""
+        super().load_state(state)
         for name, mine in self.initial.items():
-            mine.copy_(initial[name])
+            mine.copy_(state[f"initial.{name}"])
         self.pieces = {}
 
 
@@ -259,6 +319,15 @@ def bundles(sizes: Mapping[str, int], most: int = 1 << 24) -> list[list[str]]:
         made[-1].append(name)
         room -= size
     return made
+
+
+def contrast(mask: RetentionMask) -> float:
+    """The standard deviation of M over its mean, 0 where M is 0; over some `MOST_ENTRIES` entries at most."""
+    rows, columns = mask.shape
+    step = max(1, rows * columns // MOST_ENTRIES)
+    values = torch.cat([mask.squared(slice(row, row + 1)) for row in range(0, rows, step)]).double().sqrt()
+    mean = values.mean()
+    return float(values.std(correction=0) / mean) if mean > 0 else 0.0
 
 
 def dealt(sizes: Mapping[str, int], count: int) -> list[list[str]]:

@@ -64,6 +64,7 @@ class LoraTuner(Tuner):
 
     def __init__(self, options: Any) -> None:
         self.options = options
+        self.part = ""
         self.layers: dict[str, Any] = {}
         self.penalised: list[str] = []
 
@@ -73,6 +74,7 @@ class LoraTuner(Tuner):
 
         from mmtune.tuning.joined import UpdatePenalty
 
+        self.part = part
         options = self.options
         core = model.core(part)
         core.requires_grad_(False)
@@ -104,6 +106,7 @@ class LoraTuner(Tuner):
             self.weight_penalty = UpdatePenalty(
                 options.penalty, self.penalised, self.pair, self.frozen_weight, options.alpha / options.rank
             )
+            self.weight_penalty.watch({name: self.layers[name] for name in self.penalised}, part)
         return self._rows(part, core)
 
     def pair(self, name: str) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
@@ -114,6 +117,26 @@ class LoraTuner(Tuner):
     def frozen_weight(self, name: str) -> torch.Tensor:
         """W (p x q) of a target."""
         return self.layers[name].get_base_layer().weight
+
+    def update_norms(self) -> dict[str, float]:
+        """||(alpha / r) B A||_F: of all modules together (`update_norm_PART`), and of the one where it is
+        largest (`update_norm_max_PART`).
+        """
+        import torch
+
+        from mmtune.tuning.joined import bundles
+
+        factor = self.options.alpha / self.options.rank
+        squares = []
+        for names in bundles({name: sum(p.numel() for p in self.pair(name)) for name in self.layers}):
+            wholes = self.shards.wholes([p for name in names for p in self.pair(name)])
+            for a, b in zip(wholes[::2], wholes[1::2], strict=True):
+                squares.append(((b.T @ b) * (a @ a.T)).sum())  # ||B A||^2, without B A
+        found = (torch.stack(squares).double().clamp_min(0) * factor**2).cpu()
+        return {
+            f"update_norm_{self.part}": float(found.sum().sqrt()),
+            f"update_norm_max_{self.part}": float(found.max().sqrt()),
+        }
 
     def _rows(self, part: str, core: nn.Module) -> list[Row]:
         pruned = self.options.tuner == "lorasculpt"

@@ -14,7 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtune.core.config import Source, chosen_by, leaves, parse, parse_named, to_dict
+from mmtune.core.config import Source, chosen_by, leaves, parse, parse_named, presets_in, to_dict
 from mmtune.core.errors import UserError
 from mmtune.core.table import Table
 
@@ -467,3 +467,79 @@ def test_a_check_that_fails_though_no_field_is_missing_is_a_fault_of_ours(tmp_pa
     (tmp_path / "run.yaml").write_text("{size: 4, micro: 0}")
     with pytest.raises(ZeroDivisionError):
         parse(Batches, Source(tmp_path / "run.yaml"))
+
+
+@pytest.fixture
+def presets(tmp_path: Path) -> type:
+    """A class whose presets lie in a folder."""
+    folder = tmp_path / "presets"
+    folder.mkdir()
+    (folder / "quick.yaml").write_text(
+        "size: 3\ntool: {tool: fancy, rate: 0.5, targets: [a]}\ncounts: {a: 1, b: 2}\n"
+    )
+    (folder / "other.yaml").write_text("size: 4\n")
+
+    @dataclass
+    class Set:
+        preset: str | None = field(default=None, metadata=presets_in(folder))
+        size: int = 1
+        tool: Any = field(default_factory=Plain, metadata=chosen_by("tool", TOOLS, "plain"))
+        counts: dict[str, int] | None = None
+
+    globals()["Set"] = Set
+    return Set
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("preset: other", [], {"size": 4, "tool": {"tool": "plain", "size": 1}}),
+        (
+            "preset: quick",
+            [],
+            {"size": 3, "tool": {"rate": 0.5, "tool": "fancy", "targets": ["a"]}, "counts": {"a": 1, "b": 2}},
+        ),
+        (  # what is given comes first, key by key; a list is one value
+            "preset: quick\ntool: {targets: [b, c]}",
+            ["counts.b=5", "tool.rate=2"],
+            {
+                "size": 3,
+                "tool": {"rate": 2.0, "tool": "fancy", "targets": ["b", "c"]},
+                "counts": {"a": 1, "b": 5},
+            },
+        ),
+        (
+            "preset: quick\ntool: {tool: plain}\ncounts:",
+            [],
+            {"size": 3, "tool": {"tool": "plain", "size": 1}},
+        ),
+        ("preset:", [], {"size": 1, "tool": {"tool": "plain", "size": 1}}),
+    ],
+)
+def test_a_preset_stands_where_nothing_is_given(
+    presets: type, tmp_path: Path, text: str, overrides: list[str], expected: dict[str, Any]
+) -> None:
+    file = tmp_path / "set.yaml"
+    file.write_text(text + "\n")
+    read = to_dict(parse(presets, Source(file, overrides)))
+    assert read == expected
+    file.write_text(yaml.safe_dump(read))
+    assert to_dict(parse(presets, Source(file))) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("preset: quikc", "set.yaml, line 1, preset: unknown preset 'quikc'"),
+        ("preset: [quick]", "unknown preset"),
+        ("size: 2\npreset: quick\ntool: {rate: -1}", "set.yaml, line 3, tool.rate: expected 0 or more"),
+        ("preset: quick\nsise: 2", "set.yaml, line 2, sise: unknown key 'sise'"),
+    ],
+)
+def test_faults_beside_a_preset(presets: type, tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "set.yaml"
+    file.write_text(text + "\n")
+    with pytest.raises(UserError) as raised:
+        parse(presets, Source(file))
+    assert said in str(raised.value)
+    assert len(raised.value.faults) == 1

@@ -202,7 +202,7 @@ def test_each_penalty_can_stand_alone(world: Path, tmp_path: Path, part: str, ki
     train(plain)
     lines, without = metrics(options.folder), metrics(plain.folder)
     assert [{key for key in line if key.startswith("penalty_")} for line in lines] == [
-        {f"penalty_{part}", "penalty_grad_norm"}
+        {f"penalty_{part}", "penalty_grad_norm", "penalty_grad_ratio"}
     ] * 3
     assert lines[0]["loss"] == without[0]["loss"] and lines[-1]["grad_norm"] != without[-1]["grad_norm"]
 
@@ -290,7 +290,10 @@ def test_each_line_of_metrics_says_what_happened(penalised: RunOptions) -> None:
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     always = {"step", "stage", "loss", "grad_norm", "lr_connector", "lr_language", "samples_per_s"}
     always |= {"tokens_per_s", "penalty_connector", "penalty_language", "penalty_grad_norm", "task_grad_norm"}
-    densities = {"density_a", "density_b", "density_ba", "density_ba_expected"}
+    always |= {"penalty_grad_ratio", "update_norm_language", "update_norm_max_language"}
+    densities = {"density_a", "density_b"} | {
+        f"density_ba{what}" for what in ("", "_expected", "_bound", "_outside")
+    }
     assert lines[0].keys() == always
     assert [line.keys() & densities for line in lines] == [set(), densities, densities, densities]
     assert all(math.isfinite(value) for line in lines for value in line.values())
@@ -300,6 +303,17 @@ def test_each_line_of_metrics_says_what_happened(penalised: RunOptions) -> None:
     # k = floor(0.1 numel) of each tensor is a little below 0.1.
     assert 0.09 < lines[-1]["density_a"] <= 0.1
     assert 0.09 < lines[-1]["density_b"] <= 0.1
+    assert lines[-1]["density_ba_outside"] == 0
+    last = lines[-1]
+    assert last["penalty_grad_ratio"] == last["penalty_grad_norm"] / last["task_grad_norm"]
+    adapter = load_file(penalised.folder / "final/adapter/language/adapter_model.safetensors")
+    norms = [
+        (2 * adapter[key.replace("lora_A", "lora_B")].double() @ adapter[key].double()).norm()  # alpha / r
+        for key in adapter
+        if "lora_A" in key
+    ]
+    assert last["update_norm_language"] == pytest.approx(norm(tuple(norms)), rel=1e-5)
+    assert last["update_norm_max_language"] == pytest.approx(float(max(norms)), rel=1e-5)
     assert all(line["samples_per_s"] > 0 and line["tokens_per_s"] > 0 for line in lines)
 
 
@@ -344,6 +358,11 @@ def test_the_tuning_table_names_every_module(world: Path, penalised: RunOptions)
     pruned = [row for row in by_part["language"] if row["pruned"]]
     assert len(pruned) == 14
     assert all(row["lr"] == 1e-3 and row["regularised"] and row["trained"] for row in pruned)
+    assert all(row["density"] == 0.1 for row in pruned)
+    language = dict(base.core("language").named_parameters())
+    for row in pruned:
+        mask = retention(language[f"{row['module']}.weight"].double(), 1.5)
+        assert row["mask_contrast"] == pytest.approx(float(mask.std(correction=0) / mask.mean()), rel=1e-4)
     assert not any(row["trained"] for row in by_part["language"] if not row["pruned"])
 
 

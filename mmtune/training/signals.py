@@ -63,9 +63,11 @@ class Signals:
             self.stop("")
 
     def stop(self, done: str) -> None:
-        """Raises Interrupted for the signal that waits. done: what was reached, such as "after step 4"."""
-        assert self.waiting is not None
-        raise self._interrupted(self.waiting, done)
+        """Raises Interrupted for the signal that waits. done: what was reached, such as "after step 4".
+
+        Where none waits here, it came to another process of the run.
+        """
+        raise self._interrupted(signal.SIGTERM if self.waiting is None else self.waiting, done)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.waiting is not None and not self.twice:

@@ -1,0 +1,119 @@
+"""Runs a list of trainings in the processes that a launcher started, and looks on as they train.
+
+`torchrun --nproc_per_node 2 -m tests.training.engine_runs JOBS.json`: each job is `{"yaml": ..., "name": ...,
+"overrides": [...], "resume": false, "stop_at": null}`. Beside the YAML every process writes NAME.RANK.json
+with what it saw: the masks' hashes, and how many entries outside them were other than 0 in forward passes and
+after each step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from mmtune.run import read_run
+from mmtune.training.engine import open_processes
+from mmtune.training.loop import train
+from mmtune.training.meter import Meter
+from mmtune.training.signals import Interrupted, Signals
+from mmtune.tuning.sculpt import SculptTuner
+
+seen: dict[str, Any] = {}
+
+
+@contextmanager
+def looking_on() -> Iterator[None]:
+    """A context in which masks and what is outside them are recorded in `seen`."""
+    hold, after_step = SculptTuner._hold, SculptTuner.after_step
+
+    def holding(tuner: Any, masks: dict[str, torch.Tensor]) -> None:
+        hold(tuner, masks)
+        digests = {}
+        for name, layer in tuner.layers.items():
+            for which in ("lora_A", "lora_B"):
+                mask = tuner.masks[f"{name}.{which}"]
+                digests[f"{name}.{which}"] = hashlib.sha256(mask.cpu().numpy().tobytes()).hexdigest()[:16]
+                getattr(layer, which)["default"].register_forward_pre_hook(partial(look, mask))
+        seen["masks"] = digests
+
+    def look(mask: torch.Tensor, module: torch.nn.Module, _: Any) -> None:
+        weight: Any = module.weight
+        assert weight.shape == mask.shape, "a forward pass that does not see the whole tensor"
+        seen["outside_in_forward"] += int(weight.detach()[~mask].count_nonzero())
+        seen["forward_passes"] += 1
+
+    def stepped(tuner: Any, step: int) -> None:
+        after_step(tuner, step)
+        for name, parameter in tuner._tensors() if tuner.masks else ():
+            outside = ~tuner.shards.piece(parameter, tuner.masks[name])
+            seen["outside_after_step"] += int(tuner.shards.local(parameter)[outside].count_nonzero())
+            if tuner.options.hold == "grad":
+                for moment in tuner.shards.moments(parameter).values():
+                    seen["moments_outside"] += int(moment[outside].count_nonzero())
+
+    with patch.object(SculptTuner, "_hold", holding), patch.object(SculptTuner, "after_step", stepped):
+        yield
+
+
+@contextmanager
+def stopped_after(step: int | None, signals: Signals) -> Iterator[None]:
+    """A context in which a run stops after a step, as by a signal that comes to one process only."""
+    count = Meter.step
+
+    def stepped(meter: Any, number: int, *rest: Any) -> None:
+        if number + 1 == step and int(os.environ.get("RANK", 0)) == 0:
+            signals.waiting = signal.SIGTERM
+        count(meter, number, *rest)
+
+    with patch.object(Meter, "step", stepped):
+        yield
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """One job; what was seen, or the error."""
+    seen.clear()
+    seen.update(outside_in_forward=0, forward_passes=0, outside_after_step=0, moments_outside=0)
+    signals = Signals()
+    try:
+        with looking_on(), stopped_after(job.get("stop_at"), signals):
+            train(read_run(Path(job["yaml"]), job.get("overrides", [])), job.get("resume", False), signals)
+    except Interrupted:
+        seen["stopped"] = True
+    except Exception as error:
+        traceback.print_exc()
+        seen["error"] = f"{type(error).__name__}: {error}"
+    return dict(seen)
+
+
+def main(jobs: list[dict[str, Any]]) -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    rank = open_processes()
+    for job in jobs:
+        found = run(job)
+        name = job.get("name") or Path(job["yaml"]).stem
+        Path(job["yaml"]).with_name(f"{name}.{rank}.json").write_text(json.dumps(found))
+        if rank == 0:
+            print(f"{name}: {found.get('error', 'done')}", flush=True)
+        if "error" in found:  # the other process may wait for this one for good
+            sys.exit(1)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))

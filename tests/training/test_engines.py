@@ -22,7 +22,7 @@ from tests.training import engine_runs
 from tests.world import FROZEN, FULL, PENALTY, SCULPT, metrics, run_file, run_options, trained
 
 ROOT = Path(__file__).parents[2]
-ENGINES = ["ddp"]
+ENGINES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 LONG, SHORT, PRUNE = 50, 20, 10
 POINTS = (5, 10, 15)  # before, at and after the prune
 RELAY = max(3 * len(ENGINES) + 6, PRUNE + 2)

@@ -468,7 +468,7 @@ def test_a_gradient_that_is_no_number_stops_too(
 def test_a_penalty_that_is_no_number_is_named(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    monkeypatch.setattr(FullTuner, "penalty", lambda self: torch.tensor(value))
+    monkeypatch.setattr(FullTuner, "before_backward", lambda self, keep: torch.tensor(value))
     with pytest.raises(UserError, match=f"the penalty on the connector is {value} at step 1; the samples"):
         train(run_options(world, tmp_path))
 

@@ -148,17 +148,17 @@ class ColumnMask(RetentionMask):
     """M from |W_ij| c_j: one more vector [q] beside the weight (p x q), however it is stored."""
 
     def __init__(self, weight: torch.Tensor, columns: torch.Tensor, omega: float = 1.0) -> None:
-        self.stored = retention_mask(weight, omega)
-        self.whole_rows = self.stored.whole_rows
+        self.plain = retention_mask(weight, omega)
+        self.whole_rows = self.plain.whole_rows
         # Only ratios of scores count; on this scale their squares stay in the range of fp32.
         self.columns = columns / columns.max().clamp_min(torch.finfo(columns.dtype).tiny)
         super().__init__(weight, omega)
 
     def _shape(self) -> torch.Size:
-        return self.stored.shape
+        return self.plain.shape
 
     def importance(self, out: torch.Tensor, rows: slice, columns: slice) -> None:
-        self.stored.importance(out, rows, columns)
+        self.plain.importance(out, rows, columns)
         out.mul_(self.columns[columns].to(out.dtype))
 
 

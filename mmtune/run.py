@@ -249,19 +249,6 @@ class Stage:
     kl: KlOptions | None = None
     name: str = ""
 
-    def check(self, fault: Report) -> None:
-        if self.train.engine not in ("zero3", "fsdp2"):
-            return
-        for part in PARTS:
-            tuner = getattr(self.tune, part)
-            penalty = getattr(tuner, "penalty", None)
-            if penalty and penalty.kind in ("activation", "gradient") and tuner.tuner != "full":
-                fault(
-                    f"tune.{part}.penalty.kind",
-                    f"the engine {self.train.engine} splits the weights, which {penalty.kind} needs whole",
-                    "Use kind: conflict, or an engine that keeps them whole (ddp, zero1, zero2).",
-                )
-
     @property
     def all_data(self) -> list[DataOptions]:
         """Its own data, then what it replays."""
@@ -289,8 +276,6 @@ class RunOptions:
             for name in ("data", "tune", "train"):
                 if not getattr(self, name):
                     fault("", f"'{name}' is missing", "Or give 'stages'.")
-            if self.data and self.train and self.tune:
-                self.all_stages()[0].check(fault)
         else:
             for name in ("data", "tune", "train", "replay", "kl"):
                 if getattr(self, name) is not None:

@@ -50,9 +50,9 @@ class Magnitude:
         self.tensors = tensors
         self.pieces: Pieces = {}
 
-    def bind(self, shards: Shards) -> None:
-        """Called once parameters lie where they will train."""
-        self.shards = shards
+    def bind(self, shards: Shards, tensors: Mapping[str, nn.Parameter]) -> None:
+        """Called once parameters lie where they will train. tensors: the parameters as they are now."""
+        self.shards, self.tensors = shards, tensors
 
     def after_backward(self) -> None:
         """Called between the last backward pass of a step and the step, until the support is cut."""
@@ -85,8 +85,8 @@ class Movement(Magnitude):
         super().__init__(tensors)
         self.pieces = {name: parameter.detach().float().clone() for name, parameter in tensors.items()}
 
-    def bind(self, shards: Shards) -> None:
-        super().bind(shards)
+    def bind(self, shards: Shards, tensors: Mapping[str, nn.Parameter]) -> None:
+        super().bind(shards, tensors)
         self.pieces = {
             name: shards.piece(self.tensors[name], whole.to(self.tensors[name].device)).clone()
             for name, whole in self.pieces.items()
@@ -102,8 +102,8 @@ class Gradient(Magnitude):
 
     kept = "gradient"
 
-    def bind(self, shards: Shards) -> None:
-        super().bind(shards)
+    def bind(self, shards: Shards, tensors: Mapping[str, nn.Parameter]) -> None:
+        super().bind(shards, tensors)
         self.pieces = {
             name: torch.zeros_like(shards.local(parameter)) for name, parameter in self.tensors.items()
         }

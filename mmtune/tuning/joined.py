@@ -201,11 +201,12 @@ class UpdatePenalty(WeightPenalty):
         cut = []
         for name in self.names:
             weight = self.weight(name)
-            if (found := shards.segment(weight)) is not None:
+            found = None if name in self.measured else shards.segment(weight)
+            if found is not None:
                 cut.append(Segment(*found, shards.shape(weight)))
                 self.segments[name] = cut[-1]
-            else:
-                mask = retention_mask(weight, omega, constant)
+            else:  # quantised, or what was measured of it: whole on every process
+                mask = self.mask(name, weight)
                 self.segments[name] = Rows(mask, even(mask.shape[0], shards.rank, shards.count))
         if cut:
             make_masks(cut, omega, constant, shards.sum)

@@ -126,7 +126,7 @@ class SculptTuner(LoraTuner):
 
     def bind(self, shards: Shards) -> None:
         super().bind(shards)
-        self.importance.bind(shards)
+        self.importance.bind(shards, dict(self._tensors()))
 
     def after_backward(self) -> None:
         super().after_backward()

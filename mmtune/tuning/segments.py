@@ -65,7 +65,7 @@ class Segment:
         b_g, g_a = torch.zeros_like(a), torch.zeros_like(b)
         for block, mask in zip(self.blocks, self.masks, strict=True):
             rows = slice(block.rows.start - self.rows.start, block.rows.stop - self.rows.start)
-            of_a, of_b = mask.products(a[:, block.columns], b[rows])
+            of_a, of_b = mask.products(a[:, block.columns].contiguous(), b[rows])
             b_g[:, block.columns] += of_a
             g_a[rows] += of_b
         return b_g, g_a

@@ -52,7 +52,7 @@ def bound(kind: str, seed: int = 0) -> tuple[Any, dict[str, nn.Parameter], torch
     tensors, optimizer = toy()
     importance = support_importance(kind, tensors)
     importance.seed = seed
-    importance.bind(Shards(optimizer))
+    importance.bind(Shards(optimizer), tensors)
     return importance, tensors, optimizer
 
 
@@ -103,7 +103,7 @@ def test_a_resumed_run_scores_the_same(kind: str) -> None:
             parameter.copy_(values[name])
     other.load_state_dict(moments)
     resumed = support_importance(kind, others)
-    resumed.bind(Shards(other))
+    resumed.bind(Shards(other), others)
     resumed.load_state(saved)
     steps(tensors, optimizer, importance, range(2, 4))
     steps(others, other, resumed, range(2, 4))
@@ -304,17 +304,6 @@ def test_densities_that_say_too_little(world: Path, tmp_path: Path, density: Any
     with pytest.raises(UserError) as raised:
         train(run(world, tmp_path, "run", "conflict", "magnitude", density=density))
     assert said in str(raised.value)
-
-
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
-def test_what_needs_whole_weights_is_refused_where_they_are_split(
-    world: Path, tmp_path: Path, engine: str
-) -> None:
-    sculpt = {**SCULPT, "penalty": {"kind": "activation", "weight": 1.0}}
-    tune = {"vision": FROZEN, "connector": FULL, "language": sculpt}
-    with pytest.raises(UserError, match="splits the weights") as raised:
-        run_options(world, tmp_path, tune=tune, train={"engine": engine})
-    assert raised.value.faults[0].where.endswith("tune.language.penalty.kind")
 
 
 def test_an_embedding_has_no_inputs_to_measure(world: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from mmtune.core.errors import UserError
 from mmtune.training.engine import check_engine
+from mmtune.training.loop import train
 from tests.training import engine_runs
 from tests.world import FROZEN, FULL, PENALTY, SCULPT, metrics, run_file, run_options, trained
 
@@ -225,6 +226,16 @@ def test_holding_by_gradients_or_by_projection_differs_by_the_clipping(folder: P
     assert [a["grad_norm"] for a in grad[:PRUNE]] == [b["grad_norm"] for b in project[:PRUNE]]
     assert project[PRUNE]["grad_norm"] > grad[PRUNE]["grad_norm"]
     assert near(folder / "whole_single/final", folder / "project_single/final") > 1e-4
+
+
+def test_without_clipping_both_ways_of_holding_are_the_same(world: Path, tmp_path: Path) -> None:
+    short = {"steps": 8, "clip": 1e9}
+    finals = [
+        train(run_options(world, tmp_path, hold, train=short, tune={**TUNE, "language": language}))
+        for hold in ("grad", "project")
+        for language in [{**TUNE["language"], "hold": hold, "prune_at": 3}]
+    ]
+    assert near(*finals) < 1e-6
 
 
 def test_what_the_processes_are_not_is_said(world: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a subcommand. Exit codes: 0 done, 2 the user's mistake (one clear message), 1 a fault of ours."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
+    rest = [text for text in rest if not text.startswith("--local_rank=")]  # the deepspeed launcher adds it
     # argparse takes positional arguments in one go, but overrides may stand before and after flags.
     if rest and not ("overrides" in options and all("=" in text and text[0] != "-" for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -305,9 +306,12 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from mmtune.core.processes import count
     from mmtune.training.signals import Signals
 
-    with Signals(_command("train", str(options.yaml), *options.overrides, "--resume")) as signals:
+    go_on = _command("train", str(options.yaml), *options.overrides, "--resume")
+    # With several processes a cluster's SIGTERM comes twice to each: from the cluster and from the launcher.
+    with Signals(go_on, twice=count() == 1) as signals:
         _train_and_evaluate(options, signals)
 
 

@@ -282,6 +282,8 @@ class RunOptions:
                     fault(name, f"'{name}' and 'stages' exclude each other")
             if not self.stages:
                 fault("stages", "an empty list")
+        for where, stage in self._stages_by_place() if self.stages or (self.data and self.train) else ():
+            check_prune(stage, where, fault)
         check_name(self.name, fault)
         whole = self.model.base and not any(getattr(self.model, part) for part in PARTS)
         for name in ("attribution", "scales", "kl"):
@@ -321,6 +323,13 @@ class RunOptions:
                 mend = "Use fsdp2, which leaves these whole and splits the others, or ddp, zero1 or zero2."
                 fault(f"{key}train.engine", what, mend)
 
+    def _stages_by_place(self) -> list[tuple[str, Stage]]:
+        """Each stage with what stands before its keys."""
+        if self.stages is None:
+            assert self.data and self.train
+            return [("", Stage(self.data, self.train, self.tune or TuneOptions()))]
+        return [(f"stages.{i}.", stage) for i, stage in enumerate(self.stages)]
+
     @property
     def folder(self) -> Path:
         return self.output / self.name
@@ -331,6 +340,21 @@ class RunOptions:
             return self.stages
         assert self.data and self.train and self.tune
         return [Stage(self.data, self.train, self.tune, self.replay, self.kl)]
+
+
+def check_prune(stage: Stage, where: str, fault: Report) -> None:
+    """Reports a prune that will never come: of a part that is not pruned, or after the last step."""
+    for part in PARTS:
+        options = getattr(stage.tune, part)
+        if getattr(options, "tuner", "") != "lorasculpt":
+            continue
+        if part != "language":
+            mend = "Use full or lora there, with a penalty."
+            what = f"lorasculpt prunes the language model only; the {part} is regularised, never pruned"
+            fault(f"{where}tune.{part}.tuner", what, mend)
+        elif stage.train.steps and options.prune_at >= stage.train.steps:
+            what = f"prune_at is step {options.prune_at:g}, but the run ends after {stage.train.steps}"
+            fault(f"{where}tune.{part}.prune_at", what, "Prune earlier, or give a fraction of the run.")
 
 
 def check_scales(scales: Sequence[float], fault: Report) -> None:

@@ -152,7 +152,7 @@ def test_the_hash_is_of_what_decides_the_result(tmp_path: Path, run: dict[str, A
         ("replay={share: 0.1}", "'data' is missing"),
         ("kl={weight: 0}", "kl.weight: expected more than 0, found 0"),
         ("kl={}", "'weight' is missing"),
-        ("tune.language.support=largest", "expected one of magnitude, random"),
+        ("tune.language.support=largest", "expected one of magnitude, movement, gradient, random"),
         ("tune.language.penalty.kind=constnt", "Did you mean 'constant'?"),
         ("evaluate.batch_size=0", "evaluate.batch_size: expected 1 or more, found 0"),
         ("evaluate.limit=-1", "evaluate.limit: expected 1 or more, found -1"),

@@ -6,13 +6,17 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 from mmtune.core.errors import UserError
 
 PATIENCE = timedelta(days=2)  # the slowest process may be hours behind
+FIRST_SPEAKS = 15  # seconds in which the first process has said what they all found
+_groups: dict[str, Any] = {}
 
 
 def rank() -> int:
@@ -38,6 +42,7 @@ def said_once() -> Iterator[None]:
         yield
     except UserError:
         if rank() > 0:
+            time.sleep(FIRST_SPEAKS)  # or the launcher would end the first one before it has spoken
             raise SystemExit(2) from None
         raise
 
@@ -68,10 +73,21 @@ def wait() -> None:
     import torch.distributed as dist
 
     try:
-        dist.barrier()
+        dist.barrier(group=_patient())
     except RuntimeError:
         raise UserError(
             "another process of this job has ended before its share was done",
             where=f"process {rank()} of {count()}",
-            mend="Its own message says why. The same command goes on from the answers that are written.",
+            mend="Its own message says why. The same command goes on from what is written; training needs "
+            "--resume.",
         ) from None
+
+
+def _patient() -> Any:
+    """A group of all processes that waits for the slowest: an engine's own gives up after minutes."""
+    import torch.distributed as dist
+
+    world = dist.group.WORLD
+    if _groups.get("world") is not world:
+        _groups.update(world=world, patient=dist.new_group(backend="gloo", timeout=PATIENCE))
+    return _groups["patient"]

@@ -37,13 +37,14 @@ def save_checkpoint(
     Every process has to call it; the first one writes. Raises UserError where it cannot be written.
     """
     weights = gather(model, shards)
-    moments = {
-        f"{name}/{kind}": tensor
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-        for kind, tensor in shards.saved_moments(parameter).items()
-    }
-    tensors = {f"{part}/{name}": t for part, tuner in tuners.items() for name, t in tuner.state().items()}
+    moments: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            for kind, tensor in shards.saved_moments(parameter).items():
+                moments[f"{name}/{kind}"] = _kept(tensor, shards)
+    for part, tuner in tuners.items():
+        tensors |= {f"{part}/{name}": _kept(tensor, shards) for name, tensor in tuner.state().items()}
     if shards.rank == 0:
         with replacing_folder(folder) as partial:
             model.save_pretrained(partial, weights)
@@ -76,11 +77,16 @@ def gather(model: VisionLanguageModel, shards: Shards) -> dict[str, torch.Tensor
         if isinstance(tensor, nn.Parameter):
             if tensor not in gathered:
                 whole = shards.whole(tensor) if tensor.requires_grad else shards.frozen(tensor)
-                gathered[tensor] = whole.detach().cpu() if shards.rank == 0 else torch.empty(0)
+                gathered[tensor] = _kept(whole.detach(), shards)
             found[name] = gathered[tensor]
         else:
             found[name] = tensor
     return found
+
+
+def _kept(whole: torch.Tensor, shards: Shards) -> torch.Tensor:
+    """Off the device at once, and only where it is written: all of them together may not fit on one."""
+    return whole.cpu() if shards.rank == 0 else torch.empty(0)
 
 
 def load_weights(folder: Path, model: VisionLanguageModel) -> dict[str, Any]:

@@ -7,7 +7,7 @@ summed over them has to be multiplied by `count`.
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -74,11 +74,15 @@ class Engine:
         self.optimizer = wrapped.optimizer
         self.shards = Shards(self.optimizer, self.rank, self.count)
 
+    def micro(self, last: bool) -> AbstractContextManager[Any]:
+        """A context for the passes of a micro-batch; last: of an optimiser step. Before that one nothing is
+        sent, where an engine can do without.
+        """
+        return nullcontext() if last else self.accelerator.no_sync(self.model)
+
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Adds to the gradients; with the `last` loss of an optimiser step the processes' mean is taken."""
-        waits = nullcontext() if last else self.accelerator.no_sync(self.model)
-        with waits:
-            loss.backward()
+        loss.backward()
 
     def step(self) -> float:
         """Clips, steps and forgets the gradients. Returns their norm before they were clipped; where that is

@@ -8,6 +8,7 @@ process; gradients are averaged in fp32.
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -45,6 +46,9 @@ class Fsdp2Engine(Engine):
                 return model(*inputs)
 
         self.model = forward
+
+    def micro(self, last: bool) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.cut_model.set_requires_gradient_sync(last)  # type: ignore[operator]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -88,6 +89,9 @@ def train(options: RunOptions, resume: bool = False, signals: Signals | None = N
             first_step = read_json(done / "trained.json")["step"]
         else:
             first_step = _train_stage(options, number, stage, base, first_step, done, signals)
+            gc.collect()  # a model and what hooks into its gradients hold each other, and the next one comes
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
         base = ModelOptions(base=str(done), dtype=options.model.dtype, attention=options.model.attention)
     return folders[-1]
 
@@ -197,15 +201,16 @@ def _train_stage(
                 if last:  # penalties count once per optimiser step
                     made = {part: tuner.before_backward(keep=log) for part, tuner in tuners.items()}
                     penalties = {part: penalty for part, penalty in made.items() if penalty is not None}
-                # Weighted by supervised tokens: the step's loss is their mean, however it is split.
-                if teacher and stage.kl:
-                    loss, kl = teacher.losses(micros[-1])
-                    kls.append(kl.detach() / supervised)
-                    loss_and_kl = loss + stage.kl.weight * kl
-                else:
-                    loss = loss_and_kl = engine.model(micros[-1])
-                losses.append(loss.detach() / supervised)
-                engine.backward(loss_and_kl / supervised * engine.count, last)
+                with engine.micro(last):
+                    # Weighted by supervised tokens: the step's loss is their mean, however it is split.
+                    if teacher and stage.kl:
+                        loss, kl = teacher.losses(micros[-1])
+                        kls.append(kl.detach() / supervised)
+                        loss_and_kl = loss + stage.kl.weight * kl
+                    else:
+                        loss = loss_and_kl = engine.model(micros[-1])
+                    losses.append(loss.detach() / supervised)
+                    engine.backward(loss_and_kl / supervised * engine.count, last)
             for tuner in tuners.values():
                 tuner.after_backward()
 
@@ -216,8 +221,10 @@ def _train_stage(
             values = dict(zip(names, told, strict=False))
             for name, value in values.items():
                 if not math.isfinite(value):
-                    own = [m for m, each in zip(micros, losses, strict=True) if not each.isfinite()] or micros
-                    raise _not_finite(f"{SAID[name]} is {value} at step {step_number}", own, checkpoints)
+                    bad = [m for m, each in zip(micros, losses, strict=True) if not each.isfinite()]
+                    if not bad and engine.count == 1:
+                        bad = micros
+                    raise _not_finite(f"{SAID[name]} is {value} at step {step_number}", bad, checkpoints)
             line = {"step": step_number, "stage": number, **rates_now, **values}
             if log and penalties:
                 line |= _gradient_norms(tuners)

@@ -6,6 +6,7 @@ Without dropout and gradients, so that the training is the same, bit by bit, wit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -31,7 +32,10 @@ class Probe:
         self.engine = engine
         self.supervised = sum(map(count_supervised, examples))
         both = [*examples, idle_example(examples)]
-        mine = shared([*range(len(examples))], settings, engine.rank, engine.count, idle=len(examples))
+        # No more samples at once than in training.
+        micro = settings.micro_batch_size or settings.batch_size // engine.count
+        small = replace(settings, micro_batch_size=micro)
+        mine = shared([*range(len(examples))], small, engine.rank, engine.count, idle=len(examples))
         self.batches = [
             collate([both[i] for i in micro], model.transform, model.language.pad_id) for micro in mine
         ]

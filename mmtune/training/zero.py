@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -46,7 +48,7 @@ class ZeroEngine(Engine):
             )
         launched = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         own = settings.deepspeed
-        if launched != "none" and (own is None or not own.samefile(launched)):
+        if launched != "none" and (own is None or own.resolve() != Path(launched).resolve()):
             raise UserError(
                 f"the launcher set a DeepSpeed config, {launched}; the run has {own or 'none'}",
                 where="train.deepspeed",
@@ -65,6 +67,9 @@ class ZeroEngine(Engine):
         self.shards = shards
         if [set(group) for group in shards.groups()] != [set(group) for group in groups]:
             raise RuntimeError("DeepSpeed put parameters into other groups than they came in")
+
+    def micro(self, last: bool) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.model.set_gradient_accumulation_boundary(last)

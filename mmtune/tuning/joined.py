@@ -278,9 +278,9 @@ class DriftPenalty(WeightPenalty):
         shards, factor = self.shards, self.options.factor(len(self.initial))
         if not self.pieces:
             for name, initial in self.initial.items():
-                mask = self.mask(name, initial)
                 parameter = self.current(name)
-                square = mask.squared(slice(None), torch.promote_types(parameter.dtype, torch.float32))
+                dtype = torch.promote_types(parameter.dtype, torch.float32)
+                square = self.mask(name, initial.to(dtype)).squared(slice(None), dtype)
                 self.pieces[name] = shards.piece(parameter, initial), shards.piece(parameter, square)
         drifts, weighted = [], []
         for name, (initial, square) in self.pieces.items():

@@ -58,6 +58,8 @@ class SculptOptions:
 
     def check(self, fault: Report) -> None:
         check_lora(self, fault)
+        if self.lr == 0:
+            fault("lr", "at rate 0 nothing moves, so there is nothing to prune")
         densities = self.density if isinstance(self.density, dict) else {"": self.density}
         for density in densities.values():
             if not 0 < density < 1:

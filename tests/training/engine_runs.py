@@ -57,11 +57,15 @@ def looking_on() -> Iterator[None]:
 
     def stepped(tuner: Any, step: int) -> None:
         after_step(tuner, step)
+        mine = sum(tuner.shards.local(parameter).numel() for _, parameter in tuner._tensors())
+        whole = sum(mask.numel() for mask in tuner.masks.values())
+        seen.update(shards=type(tuner.shards).__name__, part=mine / whole if whole else 0)
         for name, parameter in tuner._tensors() if tuner.masks else ():
             outside = ~tuner.shards.piece(parameter, tuner.masks[name])
             seen["outside_after_step"] += int(tuner.shards.local(parameter)[outside].count_nonzero())
             if tuner.options.hold == "grad":
                 for moment in tuner.shards.moments(parameter).values():
+                    seen["moments"] += moment.numel()
                     seen["moments_outside"] += int(moment[outside].count_nonzero())
 
     with patch.object(SculptTuner, "_hold", holding), patch.object(SculptTuner, "after_step", stepped):
@@ -85,7 +89,8 @@ def stopped_after(step: int | None, signals: Signals) -> Iterator[None]:
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """One job; what was seen, or the error."""
     seen.clear()
-    seen.update(outside_in_forward=0, forward_passes=0, outside_after_step=0, moments_outside=0)
+    counts = ("outside_in_forward", "forward_passes", "outside_after_step", "moments_outside", "moments")
+    seen.update(dict.fromkeys(counts, 0))
     signals = Signals()
     try:
         with looking_on(), stopped_after(job.get("stop_at"), signals):

@@ -24,8 +24,16 @@ from tests.world import FROZEN, FULL, PENALTY, SCULPT, metrics, run_file, run_op
 
 ROOT = Path(__file__).parents[2]
 ENGINES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+SHARDS = {
+    **dict.fromkeys(("single", "ddp"), "Shards"),
+    "fsdp2": "FsdpShards",
+    **dict.fromkeys(("zero1", "zero2"), "ZeroShards"),
+    "zero3": "Zero3Shards",
+}
+SPLIT = {"fsdp2", "zero3"}
 LONG, SHORT, PRUNE = 50, 20, 10
 POINTS = (5, 10, 15)  # before, at and after the prune
+CONSTANT = {**PENALTY, "kind": "constant", "reduction": "sum", "scaled": True}
 RELAY = max(3 * len(ENGINES) + 6, PRUNE + 2)
 TUNE = {
     "vision": FROZEN,
@@ -104,22 +112,30 @@ def variants(world: Path, folder: Path) -> dict[str, dict[str, Any]]:
         "tune": {**TUNE, "language": {**TUNE["language"], "prune_at": 2}},
     }
     instructions = {"path": str(tiny / "train_instructions.json"), "image_root": str(tiny)}
+    language = TUNE["language"]
+    moved = {**language, "support": "movement", "penalty": {**PENALTY, "kind": "activation"}}
+    constant = {**mixed["tune"], "language": {**mixed["tune"]["language"], "penalty": CONSTANT}}
     return {
         "long": {"train": {"steps": LONG}},
         "accumulated": {"train": {"steps": LONG, "micro_batch_size": 1}},
         "project": {"tune": {**TUNE, "language": {**TUNE["language"], "hold": "project"}}},
         "mixed": mixed,
-        "mixed_frozen": {**mixed, "tune": {**mixed["tune"], "connector": FROZEN}},
+        "mixed_frozen": {**mixed, "tune": {**constant, "connector": FROZEN}},
         # Three samples are left over at the end of an epoch: a process has nothing to do then.
         "uneven": {
             "data": [{**instructions, "limit": 39}],
             "train": {"batch_size": 6, "micro_batch_size": 1, "steps": 14},
+            "tune": {**TUNE, "language": moved},
         },
         "checkpointed": {
             "train": {"activation_checkpointing": True, "steps": 12},
             "tune": {**TUNE, "vision": FULL},
         },
-        "kl": {"kl": {"weight": 0.3}, "train": {"steps": 12}},
+        "kl": {
+            "kl": {"weight": 0.3},
+            "train": {"steps": 12},
+            "tune": {**TUNE, "language": {**language, "support": "gradient"}},
+        },
         "bf16": {"model": {"base": str(world / "base"), "dtype": "bfloat16"}, "train": {"steps": 14}},
     }
 
@@ -140,14 +156,20 @@ def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for engine in ENGINES:
         for point in POINTS:
             job = described(world, folder, f"stopped{point}_{engine}", engine)
-            jobs += [{**job, "stop_at": point}, {**job, "resume": True}]
+            first = {**job, "stop_at": point, "name": f"{job['name']}_first"}
+            jobs += [first, {**job, "resume": True}]
     # A run that goes on elsewhere every three steps; it begins and ends with one process.
     relay = {"steps": RELAY}
     one_process(described(world, folder, "relay_single", "single", train=dict(relay)))
     job = described(world, folder, "relay", "single", train=dict(relay))
-    one_process({**job, "stop_at": 3})
+    one_process({**job, "stop_at": 3, "name": "relay_1"})
     for leg, engine in enumerate(ENGINES, start=2):
-        changed = {"overrides": [f"train.engine={engine}"], "stop_at": 3 * leg, "resume": True}
+        changed = {
+            "overrides": [f"train.engine={engine}"],
+            "stop_at": 3 * leg,
+            "resume": True,
+            "name": f"relay_{leg}",
+        }
         jobs.append({**job, **changed})
     launch(jobs, folder)
     one_process({**job, "resume": True})
@@ -177,6 +199,10 @@ def test_the_support_holds(folder: Path, engine: str, variant: str) -> None:
     """In memory after every step, in every forward pass, in the moments, and in the file."""
     for process in said(folder, f"{variant}_{engine}"):
         assert process["forward_passes"] > 0
+        assert process["moments"] > 0 or variant == "project"
+        assert process["shards"] == SHARDS[engine]
+        # A process holds about its half of A and B, or all of it.
+        assert 0.3 < process["part"] < 0.7 if engine in SPLIT else process["part"] == 1
         for where in ("outside_in_forward", "outside_after_step", "moments_outside"):
             assert process[where] == 0, where
     found = supports(folder / f"{variant}_{engine}/final")
@@ -209,12 +235,15 @@ def test_accumulation_changes_nothing(folder: Path, engine: str) -> None:
 @pytest.mark.parametrize("point", POINTS)
 def test_a_resumed_run_is_bit_identical(folder: Path, engine: str, point: int) -> None:
     one, two = folder / f"whole_{engine}/final", folder / f"stopped{point}_{engine}/final"
+    assert all(process["stopped"] for process in said(folder, f"stopped{point}_{engine}_first"))
     a, b = trained(one), trained(two)
     assert a.keys() == b.keys()
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
 def test_a_run_goes_on_from_engine_to_engine(folder: Path) -> None:
+    for leg in range(1, len(ENGINES) + 2):
+        assert all(process["stopped"] for process in said(folder, f"relay_{leg}"))
     assert near(folder / "relay_single/final", folder / "relay/final") < 1e-5
     assert [line["step"] for line in metrics(folder / "relay")] == list(range(1, RELAY + 1))
 

@@ -93,7 +93,8 @@ def bench_train(options: BenchOptions) -> dict[str, Any]:
 
     `ratio` is the median over rounds of a step's time to that of the first tuner in the same round: of the
     processor's time on a CPU, which suffers less from what else the machine does, and by the clock on a GPU.
-    Raises UserError.
+    `tuners_share`: of the processor's time, what is spent in the tuners' own calls, without what their hooks
+    add to the backward pass; it is hardly touched by noise, and None on a GPU. Raises UserError.
     """
     options.check()
     torch.manual_seed(0)
@@ -152,6 +153,7 @@ def step_flop(options: BenchOptions, parameters: int) -> float:
 class _Step:
     seconds: float
     processor_seconds: float
+    tuners_seconds: float
     peak_bytes: int | None
 
 
@@ -198,22 +200,27 @@ class _Run:
         engine = self.engine
         _reset_peak(engine.device)
         began, used = time.perf_counter(), time.process_time()
+        inside = 0.0
         for number, batch in enumerate(self.batches, start=1):
             last = number == len(self.batches)
             if last:
-                for tuner in self.tuners.values():
-                    tuner.before_backward()
+                inside += self._ask("before_backward")
             engine.backward(engine.model(batch) / self.supervised * engine.count, last)
-        for tuner in self.tuners.values():
-            tuner.after_backward()
+        inside += self._ask("after_backward")
         engine.step()
         self.done += 1
-        for tuner in self.tuners.values():
-            tuner.after_step(self.done)
+        inside += self._ask("after_step", self.done)
         if engine.device.type == "cuda":
             torch.cuda.synchronize()
         seconds, processor = time.perf_counter() - began, time.process_time() - used
-        return _Step(seconds, processor, _peak_bytes(engine.device))
+        return _Step(seconds, processor, inside, _peak_bytes(engine.device))
+
+    def _ask(self, what: str, *arguments: int) -> float:
+        """Calls one method of every tuner; the processor's seconds it took."""
+        used = time.process_time()
+        for tuner in self.tuners.values():
+            getattr(tuner, what)(*arguments)
+        return time.process_time() - used
 
 
 def _prune_step(options: BenchOptions) -> int:
@@ -290,6 +297,10 @@ def _figures(rounds: Sequence[Sequence[_Step]], number: int, device: torch.devic
     return {
         "seconds": statistics.median(step.seconds for step in mine),
         "processor_seconds": statistics.median(step.processor_seconds for step in mine),
+        # On a GPU the work only begins in them, so their time says nothing.
+        "tuners_share": None
+        if device.type == "cuda"
+        else statistics.median(step.tuners_seconds / step.processor_seconds for step in mine),
         "ratio": statistics.median(ratios),
         "ratio_quarters": [quarters[0], quarters[2]],
         "peak_bytes": max(peaks) if peaks else None,
@@ -331,13 +342,22 @@ def print_train(made: dict[str, Any], console: Console) -> None:
     """A line per tuner and phase."""
     asked, machine = made["options"], made["machine"]
     title = (
-        f"{asked['layers']} layers of width {asked['width']} ({made['parameters'] / 1e6:.1f} M weights), "
-        f"rank {asked['rank']}, {asked['tokens']:,} tokens a step, {asked['dtype']}, on {machine['device']}, "
-        f"{machine['threads']} threads"
+        f"{asked['layers']} x {asked['width']}, rank {asked['rank']}, {asked['tokens']:,} tokens a step, "
+        f"{asked['dtype']}, {machine['device']}, {machine['threads']} threads"
     )
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    headings = ("s/step", "CPU s", "ratio", "its quarters", "samples/s", "tokens/s", "MFU", "peak MiB")
-    table.add_column("tuner")
+    headings = (
+        "s/step",
+        "CPU s",
+        "ratio",
+        "quarters",
+        "in tuners",
+        "samples/s",
+        "tokens/s",
+        "MFU",
+        "peak MiB",
+    )
+    table.add_column("tuner", no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right")
     for phase in ("before the prune", "after the prune"):
@@ -349,7 +369,8 @@ def print_train(made: dict[str, Any], console: Console) -> None:
                 f"{row['seconds']:.3f}",
                 f"{row['processor_seconds']:.3f}",
                 f"{row['ratio']:.3f}",
-                "-".join(f"{quarter:.3f}" for quarter in row["ratio_quarters"]),
+                "-".join(f"{quarter:.2f}" for quarter in row["ratio_quarters"]),
+                "-" if row["tuners_share"] is None else f"{100 * row['tuners_share']:.2f} %",
                 f"{row['samples_per_s']:.1f}",
                 f"{row['tokens_per_s']:,.0f}",
                 "-" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %",
@@ -360,6 +381,7 @@ def print_train(made: dict[str, Any], console: Console) -> None:
     console.print(table)
     prunes = ", ".join(f"{name} {rows['step of the prune']:.3f} s" for name, rows in made["tuners"].items())
     console.print(
-        f"Before and after the prune; ratio: the median over rounds, to {asked['tuners'][0]}. The step in "
-        f"which lorasculpt prunes, by the clock: {prunes}."
+        f"Before and after the prune; ratio: the median over rounds, to {asked['tuners'][0]}; in tuners: "
+        f"the share of the processor's time spent in their own calls. The step in which it prunes, by "
+        f"the clock: {prunes}."
     )

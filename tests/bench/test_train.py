@@ -31,6 +31,7 @@ def test_bench_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
             assert row["tokens_per_s"] == pytest.approx(192 / row["seconds"])
             assert row["samples_per_s"] == pytest.approx(4 / row["seconds"])
             assert (row["ratio"] == 1) == (name == "lora")
+            assert 0 <= row["tuners_share"] < (0.05 if name == "lora" else 1)
             assert row["mfu"] is None or 0 < row["mfu"] < 1
     printed = capsys.readouterr().out
     assert "lorasculpt, before" in printed and "lora, after" in printed
@@ -85,11 +86,12 @@ def test_the_operations_of_a_step() -> None:
 def test_a_ratio_is_of_the_same_round() -> None:
     """The machine is three times as slow in one round: no ratio changes."""
     rounds = [
-        [bench._Step(9.0, slow * 2.0, 5), bench._Step(9.0, slow * ratio * 2.0, 7)]
+        [bench._Step(9.0, slow * 2.0, 0.0, 5), bench._Step(9.0, slow * ratio * 2.0, slow * ratio * 0.5, 7)]
         for slow, ratio in ((1, 1.1), (3, 1.2), (1, 1.3))
     ]
     row = bench._figures(rounds, 1, torch.device("cpu"))
     assert row["ratio"] == pytest.approx(1.2) and row["peak_bytes"] == 7
+    assert row["tuners_share"] == pytest.approx(0.25)
     assert row["seconds"] == 9 and row["processor_seconds"] == pytest.approx(2.6)
 
 

@@ -244,13 +244,15 @@ def _train_stage(
                 if probe and any(looks):
                     line |= probe.look()
                 meter.log(line)
-            if step + 1 < steps and (told[-1] or (step + 1) % settings.checkpoint.every == 0):
+            # Several processes stop after the same step: the one before which all heard of it.
+            stop = bool(told[-1]) if engine.count > 1 else signals.waiting is not None
+            if step + 1 < steps and (stop or (step + 1) % settings.checkpoint.every == 0):
                 _stop_if_weights_not_finite(model, engine.shards, step_number, micros, checkpoints)
                 now = {**state, "step": step_number, "stage_step": step + 1}
                 save_checkpoint(checkpoints / f"step-{step_number}", model, engine.shards, tuners, now)
                 if engine.rank == 0:
                     prune_old(checkpoints, settings.checkpoint.keep)
-                if told[-1]:
+                if stop:
                     signals.stop(f"after step {step_number}, with a checkpoint")
     for tuner in tuners.values():
         tuner.finish()

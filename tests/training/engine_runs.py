@@ -78,7 +78,8 @@ def stopped_after(step: int | None, signals: Signals) -> Iterator[None]:
     count = Meter.step
 
     def stepped(meter: Any, number: int, *rest: Any) -> None:
-        if number + 1 == step and int(os.environ.get("RANK", 0)) == 0:
+        ahead = 1 if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0  # the next step ends with it
+        if number + ahead == step and int(os.environ.get("RANK", 0)) == 0:
             signals.waiting = signal.SIGTERM
         count(meter, number, *rest)
 

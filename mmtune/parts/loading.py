@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from transformers.utils import logging
 
 from mmtune.core.errors import Fault, UserError
 from mmtune.core.table import nearest
+
+# peft imports bitsandbytes wherever it is installed, and that warns of a kernel it can do without.
+getLogger("bitsandbytes.backends").setLevel(ERROR)
 
 _NOWHERE = "There is no such folder, and no such model on the hub."
 

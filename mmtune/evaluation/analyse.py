@@ -309,6 +309,11 @@ def _warnings(adapters: Sequence[SavedAdapter], both: Mapping[tuple[str, str], A
             lines.append(
                 f"{adapter.name}: its frozen weights are not at hand (--base DIR), so nothing is said of them"
             )
+        elif adapter.quantized:
+            lines.append(
+                f"{adapter.name}: it was trained on weights held in {adapter.quantized}; what is said of W "
+                "is of W in full precision"
+            )
     if len({tuple(adapter.bases()) for adapter in adapters if adapter.bases()}) > 1:
         lines.append("the adapters were not all trained on the same folder of weights")
     for one, other in itertools.combinations(adapters, 2):

@@ -6,13 +6,13 @@ import signal
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from threading import Timer
 from typing import NoReturn
 
-from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, read_jsonl
 from mmtune.run import RunOptions, Stage
 from mmtune.training.plan import count_steps, read_samples
@@ -97,14 +97,13 @@ def _tried(run: RunOptions) -> float | None:
     with tempfile.TemporaryDirectory() as folder:
         trial = replace(run, output=Path(folder))
         try:
-            train(trial, signals=_Enough())
-        except _TimeIsUp:
-            pass
-        except UserError:
+            with suppress(_TimeIsUp):
+                train(trial, signals=_Enough())
+            first, *others = _logged(trial)  # the first step is slower than the rest
+            seconds, made = map(sum, zip(*(others or [first]), strict=True))
+            return seconds / made * sum(map(_steps, run.all_stages()))
+        except Exception:  # an estimate is not worth a sweep
             return None
-        first, *others = _logged(trial)  # the first step is slower than the rest
-        seconds, made = map(sum, zip(*(others or [first]), strict=True))
-    return seconds / made * sum(map(_steps, run.all_stages()))
 
 
 def _steps(stage: Stage) -> int:

@@ -20,7 +20,7 @@ from mmtune.parts.model import VisionLanguageModel, read_options
 from mmtune.parts.spec import PARTS
 
 # Of the largest logit: what the order of fp32 sums may make, and what rounding every weight to bf16 may.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
+SAME, ROUNDED = 1e-4, 0.1
 
 
 def export_merged(folder: Path, destination: Path, dtype: str = "float32") -> dict[str, Any]:
@@ -28,8 +28,9 @@ def export_merged(folder: Path, destination: Path, dtype: str = "float32") -> di
 
     The sums are made in fp32 whatever the base is held in; dtype: of the merged parts' files. Other parts
     that lie in `folder` are copied, those that come from elsewhere stay there and are named. The logits are
-    compared before and after, and once more from the written files. Returns what merged.json says. Raises
-    UserError where there is nothing to merge, and where the logits differ; then nothing is written.
+    compared before and after, again once rounded to bf16, and these with those of the written files. Returns
+    what merged.json says. Raises UserError where there is nothing to merge, and where the logits differ; then
+    nothing is written.
     """
     if destination.exists():
         raise UserError("this is there already", where=destination, mend="Give another name.")
@@ -47,18 +48,26 @@ def export_merged(folder: Path, destination: Path, dtype: str = "float32") -> di
     lost = lost_to_rounding(model, torch_dtype(dtype))
     for name in merged:
         model.merge_adapter(name)
-    rows.append(_checked(compare("merged in fp32", before, logits(model), 1e-4), folder))
-    for name in {*merged, *(["language"] if held else [])}:
-        model.part(name).to(torch_dtype(dtype))
+    after = logits(model)
+    rows.append(_checked(compare("merged in fp32", before, after, SAME), folder))
+    parts = {*merged, *(["language"] if held else [])}
+    changed = [parameter for name in parts for parameter in model.part(name).parameters()]
+    if dtype != "float32":
+        for parameter in changed:
+            parameter.data = parameter.data.to(torch_dtype(dtype)).float()
+        after = logits(model)
+        rows.append(_checked(compare(f"rounded to {dtype}", before, after, ROUNDED), folder))
+    for parameter in changed:  # and no buffers: those were not compared rounded
+        parameter.data = parameter.data.to(torch_dtype(dtype))
     for name in PARTS:
         options = getattr(model.options, name)
         if options.weights and Path(options.weights).is_relative_to(shipped(folder).resolve()):
             options.weights = None
     with replacing_folder(destination) as partial:
         model.save_pretrained(partial)
-        del model
+        del model, changed, parameter
         written = logits(_load(partial))
-        rows.append(_checked(compare(f"as written, {dtype}", before, written, TOLERANCE[dtype]), folder))
+        rows.append(_checked(compare(f"as written, {dtype}", after, written, SAME), folder))
         made: dict[str, Any] = {
             "from": model_hash(folder),
             "model_hash": model_hash(partial),

@@ -58,13 +58,15 @@ class SavedAdapter:
 
     modules: each adapted layer's full name -> the adapter it is in, and its name there. Names of the
     language model stand as they are; `vision/` or `connector/` goes before those of the other parts.
-    left_out: tensors that are no linear layer's A or B, and so are not looked at.
+    left_out: tensors that are no linear layer's A or B, and so are not looked at. quantized: in what the
+    language model was held under it, nf4 or int8.
     """
 
     name: str
     folder: Path
     modules: dict[str, tuple[_Part, str]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    quantized: str | None = None
 
     def pair(self, module: str) -> Pair:
         """A, B and scale of an adapted layer. Raises UserError."""
@@ -176,6 +178,8 @@ def read_adapter(folder: Path, base: Path | None = None) -> SavedAdapter:
     options = None if base else read_options(model)  # which wants to find the weights it names
     config = read_json(model / "config.json")
     made = SavedAdapter(_name(folder), folder)
+    if "adapter" in config.get("language", {}):
+        made.quantized = config["language"].get("quantize")
     for name in PARTS:
         if "adapter" in config.get(name, {}):
             place = base or Path(getattr(options, name).weights)

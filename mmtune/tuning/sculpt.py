@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -250,8 +251,11 @@ class SculptTuner(LoraTuner):
 
 
 def support_size(entries: int, density: float) -> int:
-    """k = floor(density * entries)."""
-    return math.floor(density * entries)
+    """k = floor(density * entries), exactly, of the density as the decimal it is written as.
+
+    The product of floats would be one short at times: 0.29 * 100 is 28.999...
+    """
+    return math.floor(Fraction(str(density)) * entries)
 
 
 def largest(tensor: torch.Tensor, density: float) -> torch.Tensor:

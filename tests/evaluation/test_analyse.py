@@ -203,3 +203,20 @@ def test_what_it_warns_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     write(tmp_path / "one", 0)
     assert main(["analyse", str(tmp_path / "one"), "--output_path", str(tmp_path / "out")]) == 0
     assert "WARNING: one: its frozen weights are not at hand" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("quantize", ["nf4", None])
+def test_it_warns_of_a_base_that_was_held_in_4_bits(tmp_path: Path, quantize: str | None) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    write(model / "adapter", 0)
+    write_base(model / "language")
+    elsewhere = {"vision": {"tower": "clip", "weights": "v"}, "connector": {"kind": "linear", "weights": "c"}}
+    language = {"weights": "language", "adapter": "adapter"} | ({"quantize": quantize} if quantize else {})
+    (model / "config.json").write_text(json.dumps({"mmtune": 1, **elsewhere, "language": language}))
+    warnings = analyse([tmp_path / "model"])["warnings"]
+    assert [line for line in warnings if "held in" in line] == (
+        ["model: it was trained on weights held in nf4; what is said of W is of W in full precision"]
+        if quantize
+        else []
+    )

@@ -12,6 +12,7 @@ from mmtune.experiments import estimate
 from mmtune.experiments.estimate import Progress, expect, spent
 from mmtune.run import RunOptions
 from mmtune.training.loop import train
+from mmtune.training.signals import Interrupted
 from tests.world import FULL, SCULPT, run_options
 
 
@@ -95,3 +96,27 @@ def test_a_try_that_fails_says_nothing(world: Path, tmp_path: Path, monkeypatch:
     tune["language"] = {**SCULPT, "prune_at": 7}
     runs = [run_options(world, tmp_path, f"run{i}", tune=tune, seed=i) for i in range(4)]
     assert expect(runs, tmp_path, 1, 1) == "4 runs, 0 of them finished"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), OSError("disk full"), ValueError("odd")])
+def test_whatever_a_try_dies_of_the_sweep_goes_on(
+    runs: list[RunOptions], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr("mmtune.training.loop.train", raising(error))
+    assert expect(runs, tmp_path, 1, 1) == "6 runs, 0 of them finished"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted(15, "SIGTERM")])
+def test_the_user_can_end_a_try(
+    runs: list[RunOptions], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    monkeypatch.setattr("mmtune.training.loop.train", raising(error))
+    with pytest.raises(type(error)):
+        expect(runs, tmp_path, 1, 1)
+
+
+def raising(error: BaseException) -> Any:
+    def train(*_: Any, **__: Any) -> None:
+        raise error
+
+    return train

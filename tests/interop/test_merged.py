@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mmtune.cli import main
 from mmtune.core.errors import UserError
@@ -23,14 +24,18 @@ from mmtune.tuning.lora import LoraOptions
 from tests import tiny_models as tiny
 
 
-def tuned(folder: Path, quantize: Any = None, dtype: Any = "float32", parts: Any = ("language",)) -> Path:
+def tuned(
+    folder: Path,
+    quantize: Any = None,
+    dtype: Any = "float32",
+    parts: Any = ("language",),
+    spread: float = 0.1,
+) -> Path:
     """A model folder with adapters, both factors drawn, on a language model stored in a dtype."""
     options = tiny.parts(folder / "parts")
     assert options.language and options.language.weights
     file = Path(options.language.weights) / "model.safetensors"
     stored = {name: tensor.to(torch_dtype(dtype)) for name, tensor in load_file(file).items()}
-    from safetensors.torch import save_file
-
     save_file(stored, file, metadata={"format": "pt"})
     model = assemble(
         ModelOptions(
@@ -43,7 +48,7 @@ def tuned(folder: Path, quantize: Any = None, dtype: Any = "float32", parts: Any
         tuner.attach(model, part)
         for name in tuner.layers:
             for factor in tuner.pair(name):
-                factor.data.copy_(torch.randn(factor.shape, generator=generator) * 0.1)
+                factor.data.copy_(torch.randn(factor.shape, generator=generator) * spread)
     model.save_pretrained(folder / "tuned")
     return folder / "tuned"
 
@@ -144,6 +149,37 @@ def test_a_wrong_merge_is_refused_and_nothing_stays(
     with pytest.raises(UserError, match=f"{what}: the logits differ by .* nothing was written"):
         export_merged(folder, tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_layer_without_its_update_is_refused_in_bf16_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It differs by less than what rounding may make."""
+    folder = tuned(tmp_path, spread=0.03)
+    save = VisionLanguageModel.save_pretrained
+    layer = "model.layers.0.mlp.up_proj.weight"
+
+    def damaged(self: VisionLanguageModel, place: Path) -> None:
+        save(self, place)
+        file = place / "language/model.safetensors"
+        stored = load_file(file)
+        stored[layer] = load_file(tmp_path / "parts/lm/model.safetensors")[layer].bfloat16()
+        save_file(stored, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(VisionLanguageModel, "save_pretrained", damaged)
+    with pytest.raises(UserError, match="as written, bfloat16: the logits differ by") as refused:
+        export_merged(folder, tmp_path / "merged", "bfloat16")
+    found = re.search(r"differ by (\S+) of", str(refused.value))
+    assert found and 1e-4 < float(found[1]) < merged.ROUNDED
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_bf16_files_hold_what_was_rounded(tmp_path: Path, quantize: Any) -> None:
+    rows = export_merged(tuned(tmp_path, quantize), tmp_path / "merged", "bfloat16")["comparison"]
+    found = {row["what"]: row for row in rows}
+    assert found["rounded to bfloat16"]["relative"] > 1e-4
+    assert found["as written, bfloat16"]["relative"] < 1e-6
 
 
 def test_nothing_to_merge_or_no_place(tmp_path: Path) -> None:

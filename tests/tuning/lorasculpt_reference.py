@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Literal, TypedDict
 
 import torch
@@ -52,15 +53,23 @@ def full_penalty(weight: Tensor, weight0: Tensor, omega: float = 1.0) -> Tensor:
     return frobenius_norm(retention_mask(weight0, omega) * (weight.double() - weight0.detach().double()))
 
 
+def kept_entries(density: float, entries: int) -> int:
+    """floor(density * entries), the product made by hand from the density's digits and exponent."""
+    _, digits, exponent = Decimal(str(density)).as_tuple()
+    assert isinstance(exponent, int)
+    product = int("".join(map(str, digits))) * entries
+    return product * 10**exponent if exponent >= 0 else product // 10**-exponent
+
+
 def keep_mask(tensor: Tensor, density: float) -> Tensor:
     """True at the floor(density * numel) largest magnitudes of `tensor`, ties to the lowest flat index.
 
-    The product is Python's float product: 0.29 of 100 entries is 28.999..., so 28. A kept value may be zero.
+    The product is exact, of the density as it is written: 0.29 of 100 is 29. A kept value may be zero.
     """
     magnitude = tensor.detach().double().abs().flatten().tolist()
     order = sorted(range(len(magnitude)), key=lambda index: (-magnitude[index], index))
     mask = torch.zeros(len(magnitude), dtype=torch.bool)
-    mask[order[: math.floor(density * len(magnitude))]] = True
+    mask[order[: kept_entries(density, len(magnitude))]] = True
     return mask.reshape(tensor.shape)
 
 

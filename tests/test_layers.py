@@ -45,7 +45,7 @@ training.meter training.signals
 training.probe training.loop training.check
 interop.lmms_eval interop.comparison interop.merged
 experiments.estimate experiments.sweep
-bench.generate bench.score bench.train
+bench.generate bench.score bench.penalty bench.train
 cli __main__
 """.split()
 

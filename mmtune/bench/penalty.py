@@ -1,8 +1,9 @@
 """What the conflict penalty costs: `mmtune bench penalty`, ours against the plain form under autograd.
 
-Each case runs in a process of its own, so that its memory is its own: what is extra is the peak of the first
-call above what the process held before it, inputs and mask included, by the kernel's own count (VmHWM of
-/proc/self/status after a reset; Linux only). Time is the processor time of one thread, the best of some
+Each case runs in a process of its own, so that its memory is its own: what is extra is the peak of a call
+(for ours with the making of the mask) above what the process held before it, the inputs, by the kernel's own
+count (VmHWM of /proc/self/status after a reset; Linux only). A call on small matrices comes before it, since
+code that is loaded counts too. Time is the processor time of one thread, the best of some
 calls: a machine that does other work only adds to it. Errors are the largest, of value and gradients, of the
 norm of the difference to fp64 autograd, relative to the norm there. W, A and B are such that bf16 holds them,
 so all forms have the same problem; NF4 has a W of its own.
@@ -15,6 +16,7 @@ import multiprocessing
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
@@ -105,46 +107,42 @@ def _measured(
     form: str, inputs: tuple[Tensor, ...], expected: tuple[Tensor, ...], repeats: int
 ) -> dict[str, Any]:
     torch.set_num_threads(1)
-    weight, a, b = inputs
-    mask_seconds = None
+    _once(form, *_stored(form, *drawn(256, 256, len(inputs[1]))))
+    weight, a, b = _stored(form, *inputs)
     if form == "ours nf4":
-        bnb = import_module("bitsandbytes")
-        weight = bnb.nn.Params4bit(weight, quant_type="nf4", requires_grad=False).to("cpu")
-        made = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        made = import_module("bitsandbytes.functional").dequantize_4bit(weight.data, weight.quant_state)
         expected = plain(made.double(), a.double(), b.double())
         del made
-    elif form.endswith("bf16"):
-        weight = weight.bfloat16()
-    if form.startswith("plain"):
-        a, b = a.to(weight.dtype), b.to(weight.dtype)
-
-        def call() -> tuple[Tensor, ...]:
-            return plain(weight, a, b)
-
-        extra, found = _extra_memory(call)
-    else:
-        kept = []
-
-        def first() -> tuple[Tensor, ...]:
-            kept.append(retention_mask(weight))
-            return update_penalty(kept[0], a, b)
-
-        def call() -> tuple[Tensor, ...]:
-            return update_penalty(kept[0], a, b)
-
-        extra, found = _extra_memory(first)
-        mask_seconds = best(lambda: retention_mask(weight), repeats)
+    extra, found = _extra_memory(partial(_once, form, weight, a, b))
     errors = [
         (torch.linalg.vector_norm(mine.double() - theirs) / torch.linalg.vector_norm(theirs)).item()
         for mine, theirs in zip(found, expected, strict=True)
     ]
-    del found
+    ours = form.startswith("ours")
+    call = partial(update_penalty, retention_mask(weight), a, b) if ours else partial(plain, weight, a, b)
     return {
         "seconds": best(call, repeats),
-        "seconds_mask": mask_seconds,
+        "seconds_mask": best(partial(retention_mask, weight), repeats) if ours else None,
         "extra_bytes": extra,
         "error": max(errors),
     }
+
+
+def _stored(form: str, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Any, Tensor, Tensor]:
+    """W, A and B as a form takes them."""
+    if form == "ours nf4":
+        params = import_module("bitsandbytes.nn").Params4bit
+        return params(weight, quant_type="nf4", requires_grad=False).to("cpu"), a, b
+    if form == "plain bf16":
+        return weight.bfloat16(), a.bfloat16(), b.bfloat16()
+    return (weight.bfloat16() if form == "ours bf16" else weight), a, b
+
+
+def _once(form: str, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a form computes, from nothing but its inputs."""
+    if form.startswith("ours"):
+        return update_penalty(retention_mask(weight), a, b)
+    return plain(weight, a, b)
 
 
 def best(call: Callable[[], object], repeats: int) -> float:

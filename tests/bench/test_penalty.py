@@ -17,7 +17,7 @@ from tests.tuning import lorasculpt_reference as reference
 def test_the_plain_form_is_the_reference() -> None:
     weight, a, b = bench.drawn(40, 30, 4)
     value, grad_a, grad_b = bench.plain(weight.double(), a.double(), b.double())
-    leaves = [a.double().requires_grad_(), b.double().requires_grad_()]
+    leaves = a.double().requires_grad_(), b.double().requires_grad_()
     expected = reference.conflict_penalty(weight, *leaves)
     torch.testing.assert_close(value, expected.detach())
     for mine, theirs in zip((grad_a, grad_b), torch.autograd.grad(expected, leaves), strict=True):

@@ -301,12 +301,16 @@ def test_a_weight_of_one_repeated_value(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", STORED, ids=str)
 def test_every_magnitude_that_16_bits_hold(dtype: torch.dtype) -> None:
-    """Zero, denormals and the largest, with a norm that leaves fp32's range; and denormals alone."""
+    """Zero, denormals and the largest, with a norm that leaves fp32's range; denormals alone, and the least
+    of them, where 1 / norm leaves it.
+    """
     of = torch.bfloat16 if dtype == torch.float32 else dtype
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(of)
     every = torch.where(every.isfinite(), every, 0).to(dtype).view(256, 256)
     tiny = torch.where(every.abs() < 8 * torch.finfo(of).tiny, every, 0)
-    for weight in (every, tiny):
+    least = torch.where(every.abs() < 5 * torch.finfo(of).smallest_normal * torch.finfo(of).eps, every, 0)
+    for weight in (every, tiny, least):
+        assert weight.any()
         _, a, b = drawn(256, 256, 8, dtype=torch.float32)
         assert_near(conflict(weight, a, b), conflict_expected(weight, a, b), 1e-5)
         squared = retention_mask(weight).squared(slice(None))

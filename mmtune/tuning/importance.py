@@ -122,7 +122,7 @@ class Drawn(Magnitude):
 
     def score(self, name: str) -> torch.Tensor:
         parameter = self.tensors[name]
-        return drawn(parameter.shape, f"{self.seed}/{name}").to(parameter.device)
+        return drawn(self.shards.shape(parameter), f"{self.seed}/{name}").to(parameter.device)
 
 
 def drawn(shape: torch.Size, seed: str) -> torch.Tensor:

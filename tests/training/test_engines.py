@@ -100,6 +100,8 @@ def text_beside_a_picture(world: Path, folder: Path) -> list[dict[str, str]]:
     return [{"path": str(folder / "mixed.json"), "image_root": str(tiny)}]
 
 
+# Of a run that goes on elsewhere: what it knew of every entry up to the prune goes along.
+GATHERED = {"support": "gradient", "penalty": {**PENALTY, "kind": "activation"}}
 VARIANTS = ["long", "accumulated", "project", "mixed", "mixed_frozen", "uneven", "checkpointed", "kl", "bf16"]
 
 
@@ -133,7 +135,7 @@ def variants(world: Path, folder: Path) -> dict[str, dict[str, Any]]:
         },
         "kl": {
             "kl": {"weight": 0.3},
-            "train": {"steps": 12},
+            "train": {"steps": 12, "probe": {"samples": 5, "every": 5}},
             "tune": {**TUNE, "language": {**language, "support": "gradient"}},
         },
         "bf16": {"model": {"base": str(world / "base"), "dtype": "bfloat16"}, "train": {"steps": 14}},
@@ -159,9 +161,9 @@ def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             first = {**job, "stop_at": point, "name": f"{job['name']}_first"}
             jobs += [first, {**job, "resume": True}]
     # A run that goes on elsewhere every three steps; it begins and ends with one process.
-    relay = {"steps": RELAY}
-    one_process(described(world, folder, "relay_single", "single", train=dict(relay)))
-    job = described(world, folder, "relay", "single", train=dict(relay))
+    relay = {"train": {"steps": RELAY}, "tune": {**TUNE, "language": {**TUNE["language"], **GATHERED}}}
+    one_process(described(world, folder, "relay_single", "single", **json.loads(json.dumps(relay))))
+    job = described(world, folder, "relay", "single", **json.loads(json.dumps(relay)))
     one_process({**job, "stop_at": 3, "name": "relay_1"})
     for leg, engine in enumerate(ENGINES, start=2):
         changed = {

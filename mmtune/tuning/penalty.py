@@ -13,7 +13,7 @@ Source: Liang et al., LoRASculpt, CVPR 2025, arXiv 2503.16843.
 
 M^2 of a weight stored in 16 bits comes from a table over its 15 bits of magnitude, of one stored in 4 bits
 (bitsandbytes) from the 16 values of its block, of one in 8 bits from the 129 magnitudes of its row. On a GPU
-`penalty_triton` computes M^2 anew, which is faster there than to look it up.
+`penalty_triton` computes M^2 anew while it reads W.
 """
 
 from __future__ import annotations

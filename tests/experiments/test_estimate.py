@@ -11,7 +11,7 @@ from mmtune.experiments import estimate
 from mmtune.experiments.estimate import Progress, expect, spent
 from mmtune.run import RunOptions
 from mmtune.training.signals import Interrupted
-from tests.world import FULL, SCULPT, run_options
+from tests.world import FULL, LORA, run_options
 
 
 def finish(run: RunOptions, seconds: float) -> None:
@@ -100,7 +100,7 @@ def test_a_try_stops_after_a_while_and_leaves_nothing(
 def test_a_try_that_fails_says_nothing(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(world)
     tune: dict[str, Any] = {"vision": {"tuner": "frozen"}, "connector": FULL}
-    tune["language"] = {**SCULPT, "prune_at": 7}
+    tune["language"] = {**LORA, "targets": ["nowhere"]}
     runs = [run_options(world, tmp_path, f"run{i}", tune=tune, seed=i) for i in range(4)]
     assert expect(runs, tmp_path, 1, 1) == "4 runs, 0 of them finished"
 

@@ -28,7 +28,7 @@ from mmtune.tuning.base import Row
 def print_tuning_table(rows: list[Row], console: Console | None = None) -> None:
     """One line per part and way of tuning; every module is in tuning_table.json."""
     table = Table(title="What trains", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in ("part", "tuner", "modules", "trained", "of", "lr", "pruned", "regularised"):
+    for heading in ("part", "tuner", "modules", "trained", "of", "lr", "pruned", "penalised"):
         table.add_column(heading, justify="left" if heading in ("part", "tuner") else "right")
     for part in PARTS:
         for tuner in dict.fromkeys(row.tuner for row in rows if row.part == part):

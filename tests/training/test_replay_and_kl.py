@@ -166,7 +166,7 @@ def test_a_strong_kl_keeps_the_base(world: Path, tmp_path: Path) -> None:
 
 def test_each_stage_is_held_to_where_it_began(world: Path, tmp_path: Path) -> None:
     """The teacher of a second stage is the model the first one ended with."""
-    (stage,) = options(world, tmp_path, "single").all_stages()
+    (stage,) = options(world, tmp_path, "single", tune={**TUNE, "language": LORA}).all_stages()
     block = {
         "data": [{"path": str(stage.data[0].path), "image_root": str(stage.data[0].image_root)}],
         "tune": {"vision": FROZEN, "connector": FULL, "language": LORA},

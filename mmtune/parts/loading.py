@@ -67,6 +67,20 @@ def load_adapter(core: nn.Module, folder: Path) -> Any:
     """
     from peft import PeftModel
 
+    with _whole_adapter(folder):
+        return PeftModel.from_pretrained(core, str(folder))
+
+
+def load_adapter_weights(adapter: Any, folder: Path) -> None:
+    """Takes the tensors of a saved adapter into a peft model like it. Raises UserError as `load_adapter`."""
+    with _whole_adapter(folder):
+        found = adapter.load_adapter(str(folder), adapter.active_adapter, is_trainable=True)
+        if differing := [*found.missing_keys, *found.unexpected_keys]:
+            raise ValueError(f"missing or unknown: {', '.join(differing[:5])}")
+
+
+@contextmanager
+def _whole_adapter(folder: Path) -> Iterator[None]:
     mend = "Copy the folder anew from where it was trained; it must be whole."
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / file).is_file():
@@ -75,7 +89,7 @@ def load_adapter(core: nn.Module, folder: Path) -> Any:
         with warnings.catch_warnings():
             # What the file lacks, peft leaves at its start with a warning.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(core, str(folder))
+            yield
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, Warning) as error:
         said = " ".join(str(error).split())[:300]
         raise UserError(f"the adapter cannot be loaded: {said}", where=folder, mend=mend) from None

@@ -20,7 +20,9 @@ from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, remove_folder, replacing_folder, write_json, write_text
 from mmtune.core.processes import wait
 from mmtune.parts.fingerprint import model_hash
-from mmtune.parts.model import VisionLanguageModel
+from mmtune.parts.loading import load_adapter_weights
+from mmtune.parts.model import VisionLanguageModel, load_part
+from mmtune.parts.spec import PARTS
 from mmtune.tuning.base import Tuner
 from mmtune.tuning.shards import Shards
 
@@ -93,10 +95,15 @@ def load_weights(folder: Path, model: VisionLanguageModel) -> dict[str, Any]:
     """Restores the weights of a model with tuners attached that no engine has taken yet; exactly, for they
     are saved as they train. Returns the saved state. Raises UserError where a file is missing or broken.
     """
-    saved = VisionLanguageModel.from_pretrained(folder)  # fp32, so that no trained weight is rounded
-    given = saved.state_dict()
-    # What lies elsewhere is there already; of quantised weights torch could not load the scales.
-    model.load_state_dict({name: given[name] for name in model.own_tensors()}, strict=False)
+    held = model.own_tensors()
+    for part in PARTS:
+        # What lies elsewhere is there already: a base of 28 GB is not built again for an adapter on it.
+        if getattr(model.options, part).weights is None:
+            given = load_part(folder, part, model).state_dict()  # fp32, so that no trained weight is rounded
+            names = [name.removeprefix(f"{part}.") for name in held if name.startswith(f"{part}.")]
+            model.part(part).load_state_dict({name: given[name] for name in names}, strict=False)
+        elif part in model.adapters:
+            load_adapter_weights(model.adapters[part], folder / "adapter" / part)
     state: dict[str, Any] = read_json(folder / "training" / "state.json")
     return state
 

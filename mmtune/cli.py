@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmtune.core.errors import UserError
+from mmtune.data.chat import FORMATS
 from mmtune.parts.spec import PARTS
 
 if TYPE_CHECKING:
@@ -203,6 +204,18 @@ def _parser() -> argparse.ArgumentParser:
     sequence.add_argument("--tasks", required=True, help="in the order of tuning, with commas between")
     sequence.add_argument("--output_path", type=Path, required=True)
     sequence.set_defaults(run=_sequence)
+
+    importing = commands.add_parser("import", help="a model of another project as a model folder, compared")
+    importing.add_argument("source", metavar="SRC", help="a llava-hf folder or its name on the hub")
+    importing.add_argument("destination", type=Path, metavar="DST", help="the folder to write; not there yet")
+    importing.add_argument(
+        "--fit",
+        choices=["pad", "crop"],
+        help="how pictures become square (default: as the files say; LLaVA-1.5 was trained with pad)",
+    )
+    importing.add_argument("--chat", choices=FORMATS, help="the chat format (default: by its chat template)")
+    importing.add_argument("--base", help="what a LoRA or a projector was trained on, a folder or a hub name")
+    importing.set_defaults(run=_import)
 
     export = commands.add_parser("export", help="a model in another form, compared by its logits")
     export.add_argument(
@@ -496,6 +509,19 @@ def _sequence(options: argparse.Namespace) -> None:
     report = make_sequence(options.base, options.stages, options.tasks.split(","), options.output_path)
     print_sequence(report, _console())
     print(f"Written: {options.output_path / 'sequence.json'}")
+
+
+def _import(options: argparse.Namespace) -> None:
+    from mmtune.interop.comparison import Compared, print_compared
+    from mmtune.interop.importing import import_model
+    from mmtune.interop.source import Wanted
+
+    wanted = Wanted(options.fit, options.chat, options.base)
+    made = import_model(options.source, options.destination, wanted)
+    print_compared([Compared(**row) for row in made["comparison"]], _console())
+    for note in made["notes"]:
+        print(note)
+    print(f"written: {options.destination}")
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mmtune"
 ORDER = """
 core.errors core.processes core.files core.table core.config core.versions
 data.chat data.image data.samples data.batches data.cards data.tiny data.tiny_tokenizer
-parts.spec parts.fingerprint parts.loading parts.vision.base parts.vision.clip
+parts.foreign parts.spec parts.fingerprint parts.loading parts.vision.base parts.vision.clip
 parts.connector.base parts.connector.linear parts.connector.mlp
 parts.quantized parts.language parts.model parts.between parts.adapters
 tuning.shards tuning.fsdp_shards tuning.zero_shards tuning.base tuning.penalty_triton tuning.penalty
@@ -44,6 +44,7 @@ training.folder training.plan training.optim training.engine training.fsdp train
 training.meter training.signals
 training.probe training.loop training.check
 interop.lmms_eval interop.comparison interop.merged
+interop.weights interop.source interop.chat_templates interop.llava_hf interop.importing
 experiments.estimate experiments.sweep
 bench.generate bench.score bench.penalty bench.train
 cli __main__

@@ -10,6 +10,7 @@ from typing import Any
 
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, shipped
+from mmtune.parts.foreign import how_to_import
 from mmtune.parts.spec import PARTS, ModelOptions
 
 # What decides a part's answers: weights, configs, tokenizers, chat templates.
@@ -72,12 +73,18 @@ def quantized_config(folder: str | Path, quantize: str) -> dict[str, Any]:
     return {**config, "language": {**config["language"], "quantize": quantize}}
 
 
+def not_ours(folder: Path) -> UserError:
+    """The error for a folder that is no mmtune model, with the command that imports it if there is one."""
+    what, mend = how_to_import(folder) or ("not the config of an mmtune model", FOREIGN)
+    return UserError(what, where=folder / "config.json", mend=mend)
+
+
 def _config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError("no such folder", where=folder, mend="Name a folder that mmtune saved a model to.")
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or not all(isinstance(config.get(part), dict) for part in PARTS):
-        raise UserError("not the config of an mmtune model", where=folder / "config.json", mend=FOREIGN)
+        raise not_ours(folder)
     return config
 
 

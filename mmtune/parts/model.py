@@ -23,7 +23,7 @@ from mmtune.data.batches import Batch
 from mmtune.data.chat import IGNORE, IMAGE_ID, Chat, Turn
 from mmtune.data.image import ImageTransform
 from mmtune.parts.connector.base import Connector
-from mmtune.parts.fingerprint import FOREIGN, quantized_config
+from mmtune.parts.fingerprint import not_ours, quantized_config
 from mmtune.parts.language import LanguageModel
 from mmtune.parts.loading import load_adapter, torch_dtype
 from mmtune.parts.spec import (
@@ -353,7 +353,7 @@ def read_options(folder: str | Path) -> ModelOptions:
         raise UserError("no such folder", where=folder)
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or config.get("mmtune") != FORMAT_VERSION:
-        raise UserError("not the config of an mmtune model", where=folder / "config.json", mend=FOREIGN)
+        raise not_ours(folder)
     kinds = {"vision": VisionOptions, "connector": ConnectorOptions, "language": LanguageOptions}
     source = Source.parsed(folder / "config.json", config)
     parts = {}
@@ -369,6 +369,12 @@ def read_options(folder: str | Path) -> ModelOptions:
         for key in REFERENCES & vars(options).keys():
             setattr(options, key, getattr(options, key) and _resolved(getattr(options, key), folder))
     return ModelOptions(base=None, **parts)
+
+
+def write_options(folder: Path, options: ModelOptions) -> None:
+    """Writes the config of a model folder whose parts lie in it; their options name them so."""
+    parts = {name: to_dict(getattr(options, name)) for name in PARTS}
+    write_json(folder / "config.json", {"mmtune": FORMAT_VERSION, **parts})
 
 
 def _vision(options: VisionOptions, dtype: torch.dtype) -> VisionTower:

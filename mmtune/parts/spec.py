@@ -11,6 +11,7 @@ from mmtune.core.config import Report
 from mmtune.core.files import read_json, shipped
 from mmtune.core.table import Table, nearest
 from mmtune.data.chat import FORMATS
+from mmtune.parts.foreign import how_to_import
 
 PARTS = ("vision", "connector", "language")
 Quantization = Literal["nf4", "int8"]
@@ -110,6 +111,8 @@ class ModelOptions:
             fault("base", f"there is no folder {self.base}", "Name a folder that mmtune saved a model to.")
         elif not os.path.isfile(shipped(self.base) / "config.json"):
             fault("base", f"{self.base} holds no config.json", "Name a folder that mmtune saved a model to.")
+        elif foreign := how_to_import(shipped(self.base)):
+            fault("base", f"{self.base}: {foreign[0]}", foreign[1])
         _check_quantize(self.quantize, fault)
         if self.language and self.language.quantize not in (None, self.quantize or self.language.quantize):
             what = f"{self.quantize}, but language.quantize is {self.language.quantize}"

@@ -1,0 +1,138 @@
+"""A model of another project taken apart: what an importer finds, checked and written as a model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, CLIPVisionModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from mmtune.core.errors import Fault, UserError
+from mmtune.core.files import write_json
+from mmtune.data.batches import Batch
+from mmtune.interop.weights import COPY, Stored, shape, write_tensors
+from mmtune.parts.loading import refusals
+from mmtune.parts.model import write_options
+from mmtune.parts.spec import (
+    CONNECTORS,
+    PARTS,
+    ConnectorOptions,
+    LanguageOptions,
+    ModelOptions,
+    VisionOptions,
+)
+
+# Buffers that older versions of transformers saved and newer ones work out.
+_BUFFERS = ("rotary_emb.inv_freq", "position_ids")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user says of a model to be imported, where its files don't, or say otherwise.
+
+    base: the folder or hub name of what a LoRA or a projector was trained on.
+    """
+
+    fit: Literal["pad", "crop"] | None = None
+    chat: str | None = None
+    base: str | None = None
+
+
+@dataclass
+class Source:
+    """A tower, a connector and a language model, their tensors under the names that mmtune's parts give them.
+
+    vision, language: configs of transformers (a CLIPVisionConfig, that of a causal language model). tensors:
+    by part and name, still in their files. layer: negative, whose output the connector takes. generation:
+    the content of generation_config.json. notes: what was chosen and why, for the terminal. reference: logits
+    of the source's own model, fp32 on the CPU, at each position of a batch that is no padding; it takes the
+    batch and its pictures as the tower expects them, [N, 3, S, S].
+    """
+
+    folder: Path
+    vision: Any
+    language: Any
+    connector: str
+    tensors: dict[str, dict[str, Stored]]
+    tokenizer: PreTrainedTokenizerBase
+    layer: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fit: Literal["pad", "crop"]
+    chat: str
+    reference: Callable[[Batch, torch.Tensor], torch.Tensor]
+    generation: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raises UserError that names the tensors that are missing, unknown or of another shape."""
+        with torch.device("meta"), refusals(str(self.folder)):
+            made = {
+                "vision": CLIPVisionModel(self.vision),
+                "connector": CONNECTORS.load(self.connector)(
+                    self.vision.hidden_size, self.language.hidden_size
+                ),
+                "language": AutoModelForCausalLM.from_config(self.language),
+            }
+        faults = []
+        for part in PARTS:
+            expected, found = made[part].state_dict(), self.tensors[part]
+            tied = {"lm_head.weight"} if self.language.tie_word_embeddings and part == "language" else set()
+            for name in sorted(expected.keys() - found.keys() - tied):
+                faults.append(f"the {part} lacks {name}")
+            for name in sorted(found.keys() - expected.keys()):
+                if not name.endswith(_BUFFERS):
+                    faults.append(f"the {part} has no place for {name}")
+            for name in sorted(expected.keys() & found.keys()):
+                if expected[name].shape != found[name].outline.shape:
+                    shapes = shape(found[name].outline), shape(expected[name])
+                    faults.append(f"the {part}'s {name} is {shapes[0]}, by the config {shapes[1]}")
+        if faults:
+            shown = [Fault(fault, str(self.folder), COPY) for fault in faults[:10]]
+            more = [Fault(f"and {len(faults) - 10} more")] if len(faults) > 10 else []
+            raise UserError.of([*shown, *more])
+
+    def write(self, folder: Path) -> None:
+        """Writes a model folder of its own, every tensor as it is in its file."""
+        write_tensors(folder / "vision", self.tensors["vision"])
+        self.vision.architectures = ["CLIPVisionModel"]
+        self.vision.dtype = _dtype(self.tensors["vision"])
+        self.vision.save_pretrained(folder / "vision")
+        side = self.vision.image_size
+        preprocessor = {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": side},
+            "crop_size": {"height": side, "width": side},
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+        write_json(folder / "vision" / "preprocessor_config.json", preprocessor)
+        write_tensors(folder / "connector", self.tensors["connector"])
+        widths = {"vision_width": self.vision.hidden_size, "language_width": self.language.hidden_size}
+        write_json(folder / "connector" / "config.json", {"kind": self.connector, **widths})
+        write_tensors(folder / "language", self.tensors["language"])
+        self.language.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(self.language)].__name__]
+        self.language.dtype = _dtype(self.tensors["language"])
+        self.language.save_pretrained(folder / "language")
+        self.tokenizer.save_pretrained(folder / "language")
+        if self.generation is not None:
+            write_json(folder / "language" / "generation_config.json", self.generation)
+        options = ModelOptions(
+            vision=VisionOptions("clip", "vision", layer=self.layer, fit=self.fit),
+            connector=ConnectorOptions(self.connector, "connector"),
+            language=LanguageOptions("language", chat=self.chat),
+        )
+        write_options(folder, options)
+
+
+def _dtype(tensors: dict[str, Stored]) -> torch.dtype:
+    """The one that holds them all."""
+    found = [stored.outline.dtype for stored in tensors.values() if stored.outline.is_floating_point()]
+    widest = found[0]
+    for dtype in found:
+        widest = torch.promote_types(widest, dtype)
+    return widest

@@ -115,7 +115,8 @@ class Source:
         widths = {"vision_width": self.vision.hidden_size, "language_width": self.language.hidden_size}
         write_json(folder / "connector" / "config.json", {"kind": self.connector, **widths})
         write_tensors(folder / "language", self.tensors["language"])
-        self.language.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(self.language)].__name__]
+        causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.language)]
+        self.language.architectures = [causal.__name__]
         self.language.dtype = _dtype(self.tensors["language"])
         self.language.save_pretrained(folder / "language")
         self.tokenizer.save_pretrained(folder / "language")

@@ -25,8 +25,8 @@ def kind_of(config: Any) -> str | None:
         return None
     if "mm_vision_tower" in config:
         return LLAVA
-    of_transformers = "LlavaForConditionalGeneration" in (config.get("architectures") or [])
-    return LLAVA_HF if of_transformers or (config.get("model_type") == "llava") else None
+    named = "LlavaForConditionalGeneration" in (config.get("architectures") or [])
+    return LLAVA_HF if named or (config.get("model_type") == "llava" and "text_config" in config) else None
 
 
 def how_to_import(folder: Path) -> tuple[str, str] | None:

@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mmtune"
 ORDER = """
 core.errors core.processes core.files core.table core.config core.versions
 data.chat data.image data.samples data.batches data.cards data.tiny data.tiny_tokenizer
-parts.foreign parts.spec parts.fingerprint parts.loading parts.vision.base parts.vision.clip
+parts.foreign parts.spec parts.fingerprint parts.loading
+parts.vision.base parts.vision.clip parts.vision.open_clip
 parts.connector.base parts.connector.linear parts.connector.mlp
 parts.quantized parts.language parts.model parts.between parts.adapters
 tuning.shards tuning.fsdp_shards tuning.zero_shards tuning.base tuning.penalty_triton tuning.penalty

@@ -144,7 +144,8 @@ class _Part:
         """
         assert self.base is not None
         on_disk = re.sub(r"^model\.language_model\.", "language_model.model.", name)
-        for known in (f"{name}.weight", f"{on_disk}.weight"):
+        packed = f"{name}_weight"  # open_clip's q, k and v
+        for known in (f"{name}.weight", f"{on_disk}.weight", packed):
             if known in self.base.files:
                 return known
         longer = [key for key in self.base.files if key.endswith(f".{name}.weight")]

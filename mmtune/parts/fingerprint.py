@@ -14,7 +14,7 @@ from mmtune.parts.foreign import how_to_import
 from mmtune.parts.spec import PARTS, ModelOptions
 
 # What decides a part's answers: weights, configs, tokenizers, chat templates.
-SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
+SUFFIXES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
 FOREIGN = (
     "Name a folder that mmtune saved a model to; a tower or language model of transformers goes under "
     "model.vision.weights or model.language.weights."
@@ -114,7 +114,7 @@ def _file_hash(path: Path) -> str:
         if size <= WHOLE:
             return hashlib.file_digest(file, "sha256").hexdigest()
         digest = hashlib.sha256(str(size).encode())
-        header = int.from_bytes(file.read(8), "little")
+        header = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else 0
         digest.update(file.read(min(header, size) + EDGE))
         file.seek(-EDGE, os.SEEK_END)
         digest.update(file.read())

@@ -12,7 +12,14 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from mmtune.core.errors import UserError
-from mmtune.parts.loading import from_pretrained, load_config, new_config, own_weights, refusals
+from mmtune.parts.loading import (
+    from_pretrained,
+    load_config,
+    new_config,
+    own_weights,
+    refusals,
+    split_layers,
+)
 from mmtune.parts.quantized import dequantize, forget_quantization, load_quantized
 
 
@@ -84,6 +91,18 @@ class LanguageModel(nn.Module):
         """Holds quantised layers as plain fp32 ones of the same values from now on."""
         dequantize(self.hf)
         forget_quantization(self.hf)
+
+    def layers(self) -> list[nn.Module]:
+        """The blocks: what an engine that splits weights gathers at a time."""
+        return split_layers(self.hf)
+
+    def checkpoint_activations(self) -> None:
+        """From now on a block keeps its input alone and runs again in the backward pass."""
+        self.hf.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def attend_by(self, implementation: str) -> None:
+        """Chooses how attention is computed: `sdpa` or `eager`."""
+        self.hf.set_attn_implementation(implementation)
 
     @property
     def pad_id(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from logging import ERROR, getLogger
 from pathlib import Path
@@ -47,18 +47,22 @@ def from_pretrained(cls: Any, weights: str, **options: Any) -> Any:
         raise _unloadable(weights, error) from None
     finally:
         logging.set_verbosity(before)
-    missing = sorted(report["missing_keys"])
-    mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
-    if missing or mismatched:
-        kind, names = (
-            ("missing", missing) if missing else ("of another shape than the config says", mismatched)
-        )
-        raise UserError(
-            f"{len(names)} weights are {kind}: {', '.join(names[:5])}",
-            where=weights,
-            mend="Config and weights must be of one model: copy the folder anew.",
-        )
+    require_weights(report["missing_keys"], (str(entry[0]) for entry in report["mismatched_keys"]), weights)
     return model
+
+
+def require_weights(missing: Iterable[str], mismatched: Iterable[str], where: str) -> None:
+    """Raises UserError where weights are missing from a file, or have another shape than the config says."""
+    for kind, names in (
+        ("missing", sorted(missing)),
+        ("of another shape than the config says", sorted(mismatched)),
+    ):
+        if names:
+            raise UserError(
+                f"{len(names)} weights are {kind}: {', '.join(names[:5])}",
+                where=where,
+                mend="Config and weights must be of one model: copy the folder anew.",
+            )
 
 
 def load_adapter(core: nn.Module, folder: Path) -> Any:
@@ -120,14 +124,14 @@ def new_config(cls: Any, fields: dict[str, Any], where: str, **preset: Any) -> A
 
 
 @contextmanager
-def refusals(where: str) -> Iterator[None]:
-    """For making a thing of transformers from a user's values alone: whatever it raises is theirs to mend."""
+def refusals(where: str, by: str = "transformers") -> Iterator[None]:
+    """For making a thing of a library from a user's values alone: whatever it raises is theirs to mend."""
     try:
         yield
     except Exception as error:
         said = " ".join(str(error).split())
         raise UserError(
-            f"refused by transformers: {type(error).__name__}: {said}",
+            f"refused by {by}: {type(error).__name__}: {said}",
             where=where,
             mend="Correct the value; the fields are those of the family's own config.json.",
         ) from error
@@ -145,6 +149,12 @@ def own_weights(
         for name, tensor in (part.state_dict() if tensors is None else tensors).items()
         if ".lora_" not in name
     }
+
+
+def split_layers(hf: Any) -> list[nn.Module]:
+    """The blocks of a transformers model that belong on one device."""
+    names = set(getattr(hf, "_no_split_modules", None) or ())
+    return [module for module in hf.modules() if type(module).__name__ in names]
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -81,7 +81,7 @@ class VisionLanguageModel(nn.Module):
         return {"vision": self.vision, "connector": self.connector, "language": self.language}[name]
 
     def core(self, name: str) -> nn.Module:
-        """The module whose names a part's adapter uses: the transformers model itself, or the connector."""
+        """The module whose names a part's adapter uses: the transformers model itself, or the part."""
         part = self.part(name)
         return getattr(part, "hf", part)
 
@@ -293,8 +293,8 @@ def assemble(options: ModelOptions, exact: Collection[str] = ()) -> VisionLangua
     vision = _vision(options.vision, dtypes["vision"])
     held = replace(options.language, quantize=quantization(options))
     language = _language(held, dtypes["language"])
-    for part in (vision, language):
-        part.hf.set_attn_implementation(options.attention)  # type: ignore[union-attr,operator]
+    vision.attend_by(options.attention)
+    language.attend_by(options.attention)
     connector = CONNECTORS.load(options.connector.kind)(vision.width, language.width)
     connector.to(dtypes["connector"])
     if options.connector.weights is not None:
@@ -324,7 +324,7 @@ def load_part(
         part.load(Path(options.weights))
     else:
         part = (_vision if name == "vision" else _language)(options, torch_dtype(dtype))
-        part.hf.set_attn_implementation(like.options.attention)
+        part.attend_by(like.options.attention)
     if merge and getattr(options, "quantize", None):
         part.dequantize()
     if adapter := _adapters(folder).get(name):

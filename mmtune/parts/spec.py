@@ -16,7 +16,13 @@ from mmtune.parts.foreign import how_to_import
 PARTS = ("vision", "connector", "language")
 Quantization = Literal["nf4", "int8"]
 
-TOWERS = Table("vision tower", {"clip": "mmtune.parts.vision.clip:ClipTower"})
+TOWERS = Table(
+    "vision tower",
+    {
+        "clip": "mmtune.parts.vision.clip:ClipTower",
+        "open_clip": "mmtune.parts.vision.open_clip:OpenClipTower",
+    },
+)
 CONNECTORS = Table(
     "connector",
     {
@@ -42,6 +48,8 @@ class VisionOptions:
     def check(self, fault: Report) -> None:
         if self.tower not in TOWERS.names():
             fault("tower", f"unknown vision tower '{self.tower}'", nearest(self.tower, TOWERS.names()))
+        if self.tower == "open_clip" and find_spec("open_clip") is None:
+            fault("tower", "open_clip is not installed", "pip install 'mmtune[open_clip]'")
         if self.layer >= 0:
             fault("layer", f"expected a negative number, found {self.layer}", "-2 is LLaVA-1.5's choice.")
         _weights_or_config(self.weights, self.config, fault)

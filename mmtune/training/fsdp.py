@@ -71,11 +71,7 @@ def cut(model: VisionLanguageModel, device: str, count: int) -> None:
     """
     mesh = init_device_mesh(device, (count,))
     whole = {parameter for parameter in model.parameters() if not parameter.is_floating_point()}
-    groups: list[nn.Module] = []
-    for part in (model.vision, model.language):
-        hf: Any = part.hf
-        layers = set(getattr(hf, "_no_split_modules", None) or ())
-        groups += [module for module in hf.modules() if type(module).__name__ in layers]
+    groups: list[nn.Module] = [*model.vision.layers(), *model.language.layers()]
     ends = [model.language.hf.get_input_embeddings(), model.language.hf.get_output_embeddings()]
     if ends[0].weight is not ends[1].weight:  # tied ones have to be in one group, that of all that is left
         groups += ends

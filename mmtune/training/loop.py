@@ -115,8 +115,8 @@ def _train_stage(
     rates = _attach(model, tuners, folder, number, engine.rank == 0)
     teacher = Teacher(model) if stage.kl or settings.probe else None
     if settings.activation_checkpointing:
-        for part in (model.vision, model.language):
-            part.hf.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[union-attr,operator]
+        model.vision.checkpoint_activations()
+        model.language.checkpoint_activations()
 
     examples = read_examples(model.chat, stage.data, settings)
     pool, replayed = read_replay(model.chat, stage, len(examples), options.seed)

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmtune.core.errors import UserError
+from mmtune.parts.loading import split_layers
+
 
 class VisionTower(nn.Module):
     """Pictures in, patch features out.
@@ -16,8 +19,11 @@ class VisionTower(nn.Module):
     A tower declares `width` (of a feature), `tokens` (per picture, without CLS and registers),
     `image_size`, `patch`, `has_cls`, and the `mean` and `std` its pictures are normalised with; `unused`
     are prefixes of the names of parameters that its features don't depend on. Layers above the one that
-    is used are neither loaded nor run.
+    is used are neither loaded nor run. A tower of transformers holds its model as `hf`; `layers`,
+    `checkpoint_activations` and `attend_by` are for those.
     """
+
+    hf: Any
 
     width: int
     tokens: int
@@ -42,6 +48,18 @@ class VisionTower(nn.Module):
         """Writes the family's own format, safetensors only. tensors: in place of the tower's own."""
         raise NotImplementedError
 
+    def layers(self) -> list[nn.Module]:
+        """The blocks: what an engine that splits weights gathers at a time."""
+        return split_layers(self.hf)
+
+    def checkpoint_activations(self) -> None:
+        """From now on a block keeps its input alone and runs again in the backward pass."""
+        self.hf.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def attend_by(self, implementation: str) -> None:
+        """Chooses how attention is computed: `sdpa` or `eager`."""
+        self.hf.set_attn_implementation(implementation)
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Features [N, tokens, width] of uint8 pictures [N, 3, image_size, image_size]."""
         raise NotImplementedError
@@ -51,3 +69,17 @@ class VisionTower(nn.Module):
         mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(1, 3, 1, 1)
         return ((images.float() / 255 - mean) / std).to(dtype)
+
+
+def layers_up_to(layer: int, count: int, where: str) -> int:
+    """How many of a tower's `count` layers are used where `layer`, -1 for the last, is the one whose output
+    is taken. Raises UserError where there is none.
+    """
+    used = count + 1 + layer
+    if used < 1:
+        raise UserError(
+            f"layer {layer} of a tower with {count} layers",
+            where=where,
+            mend=f"Name one from -{count} to -1.",
+        )
+    return used

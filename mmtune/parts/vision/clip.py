@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPVisionConfig, CLIPVisionModel
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, write_json
 from mmtune.parts.loading import from_pretrained, load_config, new_config, own_weights, refusals
-from mmtune.parts.vision.base import VisionTower
+from mmtune.parts.vision.base import VisionTower, layers_up_to
 
 # The normalisation of OpenAI's CLIP, used where a checkpoint brings no preprocessor_config.json.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -46,7 +46,7 @@ class ClipTower(VisionTower):
             raise UserError(
                 f"this is a {config.model_type} model, not a CLIP tower", where=weights, mend=_CLIP
             )
-        _cut(config, layer, weights)
+        config.num_hidden_layers = layers_up_to(layer, config.num_hidden_layers, weights)
         hf = from_pretrained(CLIPVisionModel, weights, config=config, dtype=dtype)
         mean, std = MEAN, STD
         preprocessor = Path(weights) / "preprocessor_config.json"
@@ -59,7 +59,7 @@ class ClipTower(VisionTower):
     def create(cls, config: dict[str, Any], layer: int) -> ClipTower:
         where = "model.vision.config"
         made = new_config(CLIPVisionConfig, config, where)
-        _cut(made, layer, where)
+        made.num_hidden_layers = layers_up_to(layer, made.num_hidden_layers, where)
         with refusals(where):
             hf = CLIPVisionModel(made)
         return cls(hf, MEAN, STD)
@@ -78,14 +78,3 @@ class ClipTower(VisionTower):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         # Not post-normalised: transformers applies post_layernorm to the pooled CLS token only.
         return self.hf(self.normalise(images, self.hf.dtype)).last_hidden_state[:, 1:]
-
-
-def _cut(config: CLIPVisionConfig, layer: int, where: str) -> None:
-    layers = config.num_hidden_layers + 1 + layer
-    if layers < 1:
-        raise UserError(
-            f"layer {layer} of a tower with {config.num_hidden_layers} layers",
-            where=where,
-            mend=f"Name one from -{config.num_hidden_layers} to -1.",
-        )
-    config.num_hidden_layers = layers

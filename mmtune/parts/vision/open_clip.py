@@ -1,0 +1,256 @@
+"""Vision transformers of open_clip, from a folder or hub name in its own format.
+
+The format: open_clip_config.json beside open_clip_model.safetensors or open_clip_pytorch_model.bin, as
+open_clip's push_to_hf_hub writes them. The text tower is not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from mmtune.core.errors import Fault, UserError
+from mmtune.core.files import read_json, replacing, write_json
+from mmtune.core.table import nearest
+from mmtune.parts.loading import own_weights, refusals, require_weights
+from mmtune.parts.vision.base import VisionTower, layers_up_to
+
+try:
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+    from open_clip.model import CLIPVisionCfg, _build_vision_tower
+except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
+    raise UserError(
+        f"open_clip cannot be imported: {str(error).splitlines()[0]}",
+        where="model.vision.tower",
+        mend="pip install 'mmtune[open_clip]'; torchvision has to be of the same build as torch.",
+    ) from None
+
+CONFIG = "open_clip_config.json"
+WEIGHTS, PICKLED = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
+_MEND = f"Name a folder with {CONFIG} and {WEIGHTS} or {PICKLED}, or a hub name such as laion/CLIP-..."
+_WHOLE = "Copy the folder anew; it must be whole."
+# For training as CLIP does and for the pooled feature alone, and here switched off.
+_NO_EFFECT = {
+    "attentional_pool": False,
+    "final_ln_after_pool": False,
+    "output_tokens": False,
+    "patch_dropout": 0.0,
+    "pool_type": "none",
+}
+_CUSTOM = {
+    *("block_type", "qk_norm", "scaled_cosine_attn", "scale_heads"),
+    *("scale_attn_inner", "scale_attn", "scale_fc"),
+}
+
+
+class OpenClipTower(VisionTower):
+    """Patch features of a block's output, without the class token and before any final norm.
+
+    How a picture is laid on its square is `fit`'s to say, whatever resize_mode the tower was trained with.
+
+    Tensors have open_clip's names, but for `attn.in_proj.weight`, which is `attn.in_proj_weight` there.
+    """
+
+    has_cls = True
+
+    def __init__(
+        self, vision_cfg: CLIPVisionCfg, quick_gelu: bool, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:
+        super().__init__()
+        self.vision_cfg = vision_cfg
+        self.quick_gelu = quick_gelu
+        self.visual: Any = _build_vision_tower(1, vision_cfg, quick_gelu)
+        self.visual.ln_post, self.visual.proj = nn.Identity(), None
+        for block in self.visual.transformer.resblocks:
+            block.attn = _Attention(block.attn)
+        positions = self.visual.positional_embedding
+        if not positions.requires_grad:  # sines and cosines: a tuner is not to find them
+            del self.visual.positional_embedding
+            self.visual.register_buffer("positional_embedding", positions.data)
+        self.width = vision_cfg.width
+        self.image_size = self.visual.image_size[0]
+        self.patch = self.visual.patch_size[0]
+        self.tokens = (self.image_size // self.patch) ** 2
+        self.mean = (mean[0], mean[1], mean[2])
+        self.std = (std[0], std[1], std[2])
+
+    @classmethod
+    def load(cls, weights: str, layer: int, dtype: torch.dtype) -> OpenClipTower:
+        folder = _folder(weights)
+        where = str(folder / CONFIG)
+        config = read_json(folder / CONFIG)
+        model = config.get("model_cfg") if isinstance(config, dict) else None
+        if not isinstance(model, dict) or not isinstance(model.get("vision_cfg"), dict):
+            raise UserError("it holds no model_cfg with a vision_cfg", where=where, mend=_MEND)
+        said = {
+            name: value for name, value in (config.get("preprocess_cfg") or {}).items() if value is not None
+        }
+        if said.get("interpolation", "bicubic") not in ("bicubic", "random"):  # random: only while it trained
+            raise UserError(
+                f"this tower's pictures are resized {said['interpolation']}, mmtune resizes bicubic",
+                where=where,
+                mend="Choose a tower that was trained on pictures resized bicubic.",
+            )
+        vision_cfg = _cut(model["vision_cfg"], layer, where)
+        outline = torch.get_default_device().type == "meta"
+        with torch.device("meta"), refusals(where, "open_clip"):
+            tower = cls(
+                vision_cfg,
+                bool(model.get("quick_gelu", False)),
+                tuple(said.get("mean", OPENAI_DATASET_MEAN)),
+                tuple(said.get("std", OPENAI_DATASET_STD)),
+            )
+        stored = _stored(folder)
+        expected = tower.state_dict()
+        both = expected.keys() & stored.keys()
+        mismatched = [name for name in both if stored[name].shape != expected[name].shape]
+        require_weights(expected.keys() - both, mismatched, str(folder))
+        if not outline:
+            tower.load_state_dict({name: stored[name].to(dtype) for name in expected}, assign=True)
+        return tower.to(dtype)
+
+    @classmethod
+    def create(cls, config: dict[str, Any], layer: int) -> OpenClipTower:
+        """config: fields of open_clip's vision_cfg, and quick_gelu, which open_clip keeps beside it."""
+        where = "model.vision.config"
+        fields = dict(config)
+        quick_gelu = fields.pop("quick_gelu", False)
+        if not isinstance(quick_gelu, bool):
+            raise UserError(f"quick_gelu: expected true or false, found {quick_gelu!r}", where=where)
+        vision_cfg = _cut(fields, layer, where)
+        if useless := sorted(fields.keys() & _NO_EFFECT.keys()):
+            raise UserError(
+                f"{', '.join(useless)}: of no effect on the patches of a layer",
+                where=where,
+                mend="Leave it out.",
+            )
+        with refusals(where, "open_clip"):
+            return cls(vision_cfg, quick_gelu, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+
+    def save(self, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = {
+            name.replace(".in_proj.", ".in_proj_"): tensor
+            for name, tensor in own_weights(self, tensors).items()
+        }
+        with replacing(folder / WEIGHTS) as temporary:
+            save_file(held, temporary, metadata={"format": "pt"})
+        config = {
+            "model_cfg": {"quick_gelu": self.quick_gelu, "vision_cfg": asdict(self.vision_cfg)},
+            "preprocess_cfg": {"mean": list(self.mean), "std": list(self.std), "interpolation": "bicubic"},
+        }
+        write_json(folder / CONFIG, config)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.visual(self.normalise(images, self.visual.conv1.weight.dtype))[:, 1:]
+
+    def layers(self) -> list[nn.Module]:
+        return list(self.visual.transformer.resblocks)
+
+    def checkpoint_activations(self) -> None:
+        self.visual.set_grad_checkpointing(True)  # non-reentrant since open_clip 3
+
+    def attend_by(self, implementation: str) -> None:
+        for block in self.visual.transformer.resblocks:
+            block.attn.eager = implementation == "eager"
+
+
+class _Attention(nn.Module):
+    """torch's MultiheadAttention with both projections as layers that are called.
+
+    There they are bare parameters: a LoRA on them would change nothing, and ZeRO-3 would not gather them.
+    """
+
+    def __init__(self, packed: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.heads = packed.num_heads
+        self.eager = False
+        self.in_proj = nn.Linear(packed.embed_dim, 3 * packed.embed_dim)  # rows of q, then of k, then of v
+        self.in_proj.weight, self.in_proj.bias = packed.in_proj_weight, packed.in_proj_bias
+        self.out_proj = nn.Linear(packed.embed_dim, packed.embed_dim)
+        self.out_proj.weight, self.out_proj.bias = packed.out_proj.weight, packed.out_proj.bias
+
+    def forward(self, x: torch.Tensor, *_: torch.Tensor, **__: Any) -> tuple[torch.Tensor]:
+        """[N, L, width] -> ([N, L, width],); open_clip gives x again as key and value, and no mask."""
+        q, k, v = self.in_proj(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.eager:
+            mixed = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+        else:
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return (self.out_proj(mixed.transpose(1, 2).flatten(2)),)
+
+
+def _cut(fields: dict[str, Any], layer: int, where: str) -> CLIPVisionCfg:
+    """The config of a plain vision transformer up to `layer`. Raises UserError where it is none."""
+    known = list(asdict(CLIPVisionCfg()))
+    unknown = [name for name in fields if name not in known]
+    if unknown:
+        raise UserError.of(Fault(f"unknown field '{name}'", where, nearest(name, known)) for name in unknown)
+    vision_cfg = CLIPVisionCfg(**{**fields, **_NO_EFFECT})
+    kind = ""
+    if vision_cfg.timm_model_name:
+        kind = f"timm's {vision_cfg.timm_model_name}"
+    elif isinstance(vision_cfg.layers, list | tuple):
+        kind = "a ResNet"
+    elif custom := [name for name in _CUSTOM if fields.get(name) not in (None, False, "default")]:
+        kind = f"a transformer with blocks of its own ({', '.join(custom)})"
+    if kind:
+        raise UserError(
+            f"it is {kind}, not one of open_clip's plain vision transformers",
+            where=where,
+            mend="Choose a plain one, such as those open_clip calls ViT-B-16, ViT-L-14 or ViT-H-14.",
+        )
+    if not isinstance(vision_cfg.layers, int):
+        raise UserError(f"layers: expected a whole number, found {vision_cfg.layers!r}", where=where)
+    vision_cfg.image_size = _side(vision_cfg.image_size, "image_size", where)
+    vision_cfg.patch_size = _side(vision_cfg.patch_size, "patch_size", where)
+    vision_cfg.layers = layers_up_to(layer, vision_cfg.layers, where)
+    return vision_cfg
+
+
+def _side(size: Any, name: str, where: str) -> int:
+    sides = size if isinstance(size, list | tuple) else [size]
+    if len(set(sides)) != 1 or not isinstance(sides[0], int) or sides[0] < 1:
+        raise UserError(f"{name}: expected the side of a square in pixels, found {size}", where=where)
+    return sides[0]
+
+
+def _folder(weights: str) -> Path:
+    if Path(weights).is_dir():
+        return Path(weights)
+    try:
+        folder = Path(snapshot_download(weights, allow_patterns=[CONFIG, WEIGHTS]))
+        if not (folder / WEIGHTS).is_file():
+            folder = Path(snapshot_download(weights, allow_patterns=[CONFIG, PICKLED]))
+    except (OSError, ValueError) as error:
+        said = str(error).splitlines()[0]
+        raise UserError(
+            f"no such folder, nor to be had from the hub: {said}", where=weights, mend=_MEND
+        ) from None
+    return folder
+
+
+def _stored(folder: Path) -> dict[str, torch.Tensor]:
+    """The vision tower's tensors, by this module's names."""
+    try:
+        if (folder / WEIGHTS).is_file():
+            with safe_open(folder / WEIGHTS, "pt") as opened:
+                names = [name for name in opened.keys() if name.startswith("visual.")]  # noqa: SIM118
+                stored = {name: opened.get_tensor(name) for name in names}
+        else:
+            device = torch.get_default_device()
+            stored = torch.load(folder / PICKLED, map_location=device, weights_only=True)
+        return {name.replace(".in_proj_", ".in_proj."): tensor for name, tensor in stored.items()}
+    except FileNotFoundError:
+        raise UserError(f"neither {WEIGHTS} nor {PICKLED}", where=folder, mend=_MEND) from None
+    except Exception as error:  # a broken pickle raises nearly anything
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"the weights cannot be read: {said}", where=folder, mend=_WHOLE) from None

@@ -206,15 +206,18 @@ def _parser() -> argparse.ArgumentParser:
     sequence.set_defaults(run=_sequence)
 
     importing = commands.add_parser("import", help="a model of another project as a model folder, compared")
-    importing.add_argument("source", metavar="SRC", help="a llava-hf folder or its name on the hub")
+    importing.add_argument(
+        "source", metavar="SRC", help="a folder of llava-hf or of the original LLaVA, or its name on the hub"
+    )
     importing.add_argument("destination", type=Path, metavar="DST", help="the folder to write; not there yet")
     importing.add_argument(
         "--fit",
         choices=["pad", "crop"],
         help="how pictures become square (default: as the files say; LLaVA-1.5 was trained with pad)",
     )
-    importing.add_argument("--chat", choices=FORMATS, help="the chat format (default: by its chat template)")
+    importing.add_argument("--chat", choices=FORMATS, help="the chat format (default: by its files)")
     importing.add_argument("--base", help="what a LoRA or a projector was trained on, a folder or a hub name")
+    importing.add_argument("--vision", help="the tower, where not the one that LLaVA's config names")
     importing.set_defaults(run=_import)
 
     export = commands.add_parser("export", help="a model in another form, compared by its logits")
@@ -516,7 +519,7 @@ def _import(options: argparse.Namespace) -> None:
     from mmtune.interop.importing import import_model
     from mmtune.interop.source import Wanted
 
-    wanted = Wanted(options.fit, options.chat, options.base)
+    wanted = Wanted(options.fit, options.chat, options.base, options.vision)
     made = import_model(options.source, options.destination, wanted)
     print_compared([Compared(**row) for row in made["comparison"]], _console())
     for note in made["notes"]:

@@ -45,7 +45,8 @@ training.folder training.plan training.optim training.engine training.fsdp train
 training.meter training.signals
 training.probe training.loop training.check
 interop.lmms_eval interop.comparison interop.merged
-interop.weights interop.source interop.chat_templates interop.llava_hf interop.importing
+interop.weights interop.source interop.chat_templates interop.llava_hf
+interop.llava_forward interop.llava interop.importing
 experiments.estimate experiments.sweep
 bench.generate bench.score bench.penalty bench.train
 cli __main__

@@ -21,12 +21,13 @@ from mmtune.parts.foreign import kind_of
 from mmtune.parts.model import VisionLanguageModel
 
 # Each reads a folder: (folder, wanted) -> Source.
-LAYOUTS = Table("layout", {"llava-hf": "mmtune.interop.llava_hf:read"})
+LAYOUTS = Table("layout", {"llava-hf": "mmtune.interop.llava_hf:read", "llava": "mmtune.interop.llava:read"})
 SAME = 1e-4  # of the largest logit: what the order of fp32 sums may make
 
 
 def import_model(source: str, destination: Path, wanted: Wanted | None = None) -> dict[str, Any]:
-    """Writes the model folder `destination` from a folder or hub name of a layout that mmtune knows.
+    """Writes the model folder `destination` from a folder or hub name of a layout that mmtune knows. A file
+    stands for the folder it lies in.
 
     Its config.json says which layout it is, its name nothing. Every tensor is written as it is in the source.
     The logits of what was written are compared with those of the source's own class, both in fp32. Returns
@@ -35,7 +36,7 @@ def import_model(source: str, destination: Path, wanted: Wanted | None = None) -
     """
     if destination.exists():
         raise UserError("this is there already", where=destination, mend="Give another name.")
-    folder = local(source)
+    folder = Path(source).parent if Path(source).is_file() else local(source)
     layout = kind_of(read_json(folder / "config.json"))
     if layout not in LAYOUTS.names():
         raise UserError(

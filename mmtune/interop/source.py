@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, CLIPVisionModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -26,6 +28,7 @@ from mmtune.parts.spec import (
     VisionOptions,
 )
 
+ORIGIN = "origin.json"  # beside a tower that is a copy: of what
 # Buffers that older versions of transformers saved and newer ones work out.
 _BUFFERS = ("rotary_emb.inv_freq", "position_ids")
 
@@ -34,12 +37,13 @@ _BUFFERS = ("rotary_emb.inv_freq", "position_ids")
 class Wanted:
     """What the user says of a model to be imported, where its files don't, or say otherwise.
 
-    base: the folder or hub name of what a LoRA or a projector was trained on.
+    base: the folder or hub name of what a LoRA or a projector was trained on. vision: that of the tower.
     """
 
     fit: Literal["pad", "crop"] | None = None
     chat: str | None = None
     base: str | None = None
+    vision: str | None = None
 
 
 @dataclass
@@ -50,7 +54,9 @@ class Source:
     by part and name, still in their files. layer: negative, whose output the connector takes. generation:
     the content of generation_config.json. notes: what was chosen and why, for the terminal. reference: logits
     of the source's own model, fp32 on the CPU, at each position of a batch that is no padding; it takes the
-    batch and its pictures as the tower expects them, [N, 3, S, S].
+    batch and its pictures as the tower expects them, [N, 3, S, S]. tower_name: of what the tower is a copy.
+    adapter: the tensors of a peft adapter of the language model, with its config. files: lie beside the
+    tokenizer and are copied in place of what transformers would write.
     """
 
     folder: Path
@@ -67,6 +73,10 @@ class Source:
     reference: Callable[[Batch, torch.Tensor], torch.Tensor]
     generation: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    tower_name: str | None = None
+    adapter_config: dict[str, Any] | None = None
+    adapter: dict[str, Stored] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
 
     def check(self) -> None:
         """Raises UserError that names the tensors that are missing, unknown or of another shape."""
@@ -111,6 +121,8 @@ class Source:
             "image_std": list(self.std),
         }
         write_json(folder / "vision" / "preprocessor_config.json", preprocessor)
+        if self.tower_name:
+            write_json(folder / "vision" / ORIGIN, {"copy_of": self.tower_name})
         write_tensors(folder / "connector", self.tensors["connector"])
         widths = {"vision_width": self.vision.hidden_size, "language_width": self.language.hidden_size}
         write_json(folder / "connector" / "config.json", {"kind": self.connector, **widths})
@@ -120,6 +132,8 @@ class Source:
         self.language.dtype = _dtype(self.tensors["language"])
         self.language.save_pretrained(folder / "language")
         self.tokenizer.save_pretrained(folder / "language")
+        for file in self.files:
+            shutil.copyfile(file, folder / "language" / file.name)
         if self.generation is not None:
             write_json(folder / "language" / "generation_config.json", self.generation)
         options = ModelOptions(
@@ -127,7 +141,13 @@ class Source:
             connector=ConnectorOptions(self.connector, "connector"),
             language=LanguageOptions("language", chat=self.chat),
         )
-        write_options(folder, options)
+        if self.adapter_config is not None:
+            adapter = folder / "adapter" / "language"
+            adapter.mkdir(parents=True)
+            write_json(adapter / "adapter_config.json", self.adapter_config)
+            factors = {name: stored.read().clone() for name, stored in self.adapter.items()}
+            save_file(factors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_options(folder, options, ["language"] if self.adapter else [])
 
 
 def _dtype(tensors: dict[str, Stored]) -> torch.dtype:

@@ -371,9 +371,13 @@ def read_options(folder: str | Path) -> ModelOptions:
     return ModelOptions(base=None, **parts)
 
 
-def write_options(folder: Path, options: ModelOptions) -> None:
-    """Writes the config of a model folder whose parts lie in it; their options name them so."""
+def write_options(folder: Path, options: ModelOptions, adapters: Collection[str] = ()) -> None:
+    """Writes the config of a model folder whose parts lie in it; their options name them so. adapters: names
+    of the parts that have one.
+    """
     parts = {name: to_dict(getattr(options, name)) for name in PARTS}
+    for name in adapters:
+        parts[name]["adapter"] = f"adapter/{name}"
     write_json(folder / "config.json", {"mmtune": FORMAT_VERSION, **parts})
 
 

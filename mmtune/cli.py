@@ -282,10 +282,21 @@ def _parser() -> argparse.ArgumentParser:
     actions = data.add_subparsers(required=True, metavar="ACTION")
     prepare = actions.add_parser("prepare", help="make what cards and protocols read")
     prepare.add_argument(
-        "name", choices=["tiny"], help="tiny: the world that ships with mmtune, drawn from a seed"
+        "name",
+        metavar="NAME",
+        help="tiny, which is drawn from a seed; iconqa, textvqa, okvqa, ocrvqa, gqa, coco",
     )
-    prepare.add_argument("--output_path", type=Path, default=Path("datasets/tiny"))
-    prepare.add_argument("--seed", type=int, default=0)
+    prepare.add_argument("--source", type=Path, help="where the originals lie (default: the output path)")
+    prepare.add_argument("--output_path", type=Path, help="default: datasets/NAME")
+    prepare.add_argument(
+        "--cards", help="whose training files are made: names with commas between, or none (default: all)"
+    )
+    prepare.add_argument(
+        "--partial", action="store_true", help="take data that is not whole, or not as published, and say so"
+    )
+    prepare.add_argument(
+        "--seed", type=int, default=0, help="of the order of the samples, or of the tiny world"
+    )
     prepare.set_defaults(run=_prepare)
     return parser
 
@@ -614,12 +625,23 @@ def _console() -> Console:
 
 
 def _prepare(options: argparse.Namespace) -> None:
+    if options.name == "tiny":
+        _prepare_tiny(options.output_path or Path("datasets/tiny"), options.seed)
+        return
+    from mmtune.prepare.dataset import prepare
+
+    none = options.cards == "none"
+    cards = [] if none else options.cards.split(",") if options.cards else None
+    prepare(options.name, options.source, options.output_path, cards, options.partial, options.seed)
+
+
+def _prepare_tiny(folder: Path, seed: int) -> None:
     from mmtune.data.tiny import chance, generate
     from mmtune.data.tiny_tokenizer import train_tokenizer
 
-    generate(options.output_path, options.seed)
-    train_tokenizer(options.output_path, options.output_path / "tokenizer")
-    guesses = ", ".join(f"{task} {percent:.1f}" for task, percent in chance(options.output_path).items())
+    generate(folder, seed)
+    train_tokenizer(folder, folder / "tokenizer")
+    guesses = ", ".join(f"{task} {percent:.1f}" for task, percent in chance(folder).items())
     print(f"Chance, percent right on the test split without looking at picture or question: {guesses}.")
 
 

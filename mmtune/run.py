@@ -57,7 +57,7 @@ class DataOptions:
                 return
         file = self.file()
         if not os.path.isfile(file):
-            mend = "mmtune data prepare tiny makes the tiny world." if self.card else "Is the path right?"
+            mend = f"It is {load_card(self.card).source}." if self.card else "Is the path right?"
             fault("card" if self.card else "path", f"there is no file {file}", mend)
 
     def file(self) -> Path:

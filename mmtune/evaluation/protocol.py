@@ -131,18 +131,22 @@ class Protocol:
         split = split or self.report_split
         file = (root or self.root) / self.for_split(split).annotations[split]
         if not file.exists():
-            mend = "mmtune data prepare tiny makes the tiny world." if self.task.startswith("tiny_") else ""
-            raise UserError(
-                "no such annotation file",
-                where=file,
-                mend=mend or "Where does the data lie? Say --data_root DIR.",
-            )
+            raise UserError("no such annotation file", where=file, mend=self._where_it_comes_from())
         questions = read_questions(self.for_split(split), file)
         if self.question_files:
             questions = asked_from(self.question_file(split, root), questions)
         for question in questions:  # what cannot be asked is said before a model is loaded
             self.for_split(split).turns(question)
         return questions, file
+
+    def _where_it_comes_from(self) -> str:
+        prepare = f"mmtune data prepare {self.root.name}"
+        if self.task.startswith("tiny_"):
+            return f"{prepare} makes the tiny world."
+        known = (share("data") / "originals" / f"{self.root.name}.yaml").is_file()
+        return "Where does the data lie? Say --data_root DIR." + (
+            f" {prepare} says where to get it." if known else ""
+        )
 
     def question_file(self, split: str, root: Path | None = None) -> Path:
         """The file that holds the prompts of a split. Raises UserError where none is named."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -107,7 +108,9 @@ RULES: dict[str, Rule] = {
 }
 
 
-def read(path: Path, task: str = "choose_txt", split: str = "test") -> list[Question]:
+def read(
+    path: Path, task: str = "choose_txt", split: str = "test", composed: str | None = None
+) -> list[Question]:
     """The questions of one IconQA task.
 
     `path` is the official problems.json, with pid_splits.json beside it to say which problems are in
@@ -119,11 +122,13 @@ def read(path: Path, task: str = "choose_txt", split: str = "test") -> list[Ques
     """
     if task not in TASKS:
         raise UserError(f"unknown IconQA task '{task}'", mend=f"Known: {', '.join(TASKS)}.")
+    if composed is not None and task != "choose_img":
+        raise UserError(f"composed: only choose_img has options that are pictures, not {task}")
     path = Path(path)
     if path.is_dir() and (path / "problems.json").is_file():
         path = path / "problems.json"
     if path.is_dir():
-        return checked(_read_folders(path, task), path)
+        return checked(_composed(_read_folders(path, task), composed), path)
     problems = read_object(path, MEND)
     splits_path = path.with_name("pid_splits.json")
     splits = read_object(splits_path, MEND)
@@ -151,7 +156,7 @@ def read(path: Path, task: str = "choose_txt", split: str = "test") -> list[Ques
                 where=f"{path}, problem {pid}",
             )
         )
-    return checked(questions, path)
+    return checked(_composed(questions, composed), path)
 
 
 def files(path: Path, **_: object) -> list[Path]:
@@ -179,6 +184,22 @@ def _read_folders(path: Path, task: str) -> list[Question]:
         _question(read_object(file, MEND), pid, task, image=f"{pid}/image.png", skills=(), where=str(file))
         for file in found
         for pid in [file.parent.name]
+    ]
+
+
+def _composed(questions: list[Question], folder: str | None) -> list[Question]:
+    """The same questions where each is shown as one picture, whose options are known by their letters."""
+    if folder is None:
+        return questions
+    return [
+        replace(
+            question,
+            image=f"{folder}/{question.id}.png",
+            choices=tuple(ascii_uppercase[: len(question.choices)]),
+            choice_images=(),
+            answers=(ascii_uppercase[question.answer_index or 0],),
+        )
+        for question in questions
     ]
 
 

@@ -1,0 +1,300 @@
+"""`mmtune data prepare NAME`: a set as it was published becomes what cards and protocols read.
+
+What is absent is told at once, with where to get it. What is there is linked into place or unpacked, counted
+and compared with published hashes; then the training files are made. prepared.json says what was found and
+made: a second call sees what has changed since and does only what is left to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mmtune
+from mmtune.core.config import to_dict
+from mmtune.core.errors import Fault, UserError
+from mmtune.core.files import alone_in, read_json, write_json
+from mmtune.core.table import nearest
+from mmtune.data.cards import Card, load_card
+from mmtune.evaluation.metrics.base import Question, an_object
+from mmtune.evaluation.protocol import Protocol, load_protocol
+from mmtune.evaluation.score import read_questions
+from mmtune.prepare import converted, pictures
+from mmtune.prepare.composed import compose_all
+from mmtune.prepare.originals import Original, Originals, absent, compare, link, load_originals, place, sha256
+from mmtune.prepare.training import VERSION, asking, samples, write_samples
+
+MANIFEST = "prepared.json"
+TRAINING = ("train", "restval")  # splits that are trained on, never scored
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is prepared, out of which folder into which, and how: the arguments of `prepare`."""
+
+    known: Originals
+    source: Path
+    root: Path
+    cards: list[str]
+    partial: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The questions of a split as a protocol asks them: to be scored, or to be a card's samples."""
+
+    protocol: Protocol
+    split: str
+    questions: list[Question]
+    card: Card | None = None
+
+    @property
+    def is_composed(self) -> bool:
+        """Whether each question's pictures become one."""
+        return "composed" in self.protocol.options
+
+
+def prepare(
+    name: str,
+    source: Path | None = None,
+    root: Path | None = None,
+    cards: Sequence[str] | None = None,
+    partial: bool = False,
+    seed: int = 0,
+) -> None:
+    """Prepares the set `name` in `root` from the originals in `source`, by default `root` itself.
+
+    cards: those whose training files are made, by default all of the set's; what only training needs may be
+    absent where there are none. partial: takes data that is not whole, or not the published bytes. seed: of
+    the order of the samples. Raises UserError with all that is absent, or wrong.
+    """
+    known = load_originals(name)
+    root = root or known.root
+    source = source or root
+    chosen = known.cards if cards is None else list(cards)
+    for card in chosen:
+        if card not in known.cards:
+            raise UserError(f"{name} has no card '{card}'", where="--cards", mend=nearest(card, known.cards))
+    wanted = [each for each in known.originals if each.needed_for != "training" or chosen]
+    needed = [each for each in wanted if each.needed_for != "more"]
+    if faults := absent(needed, source, root, known.licence):
+        raise UserError.of(faults)
+    job = Job(known, source, root, chosen, partial, seed)
+    with alone_in(root):
+        path = root / MANIFEST
+        before: dict[str, Any] = {"originals": {}, "questions": {}, "made": {}, "converted": {}}
+        before |= an_object(read_json(path), path, "Move it away.") if path.is_file() else {}
+        print(f"{name}: {known.about} Licence: {known.licence}. {known.page}")
+        originals = _place_all(job, wanted, before["originals"])
+        asked = _read_all(job)
+        counted = _count(job, asked)
+        made = _make_all(job, asked, before["made"])
+        after = {
+            "dataset": name,
+            "licence": known.licence,
+            "made_with": {"mmtune": mmtune.__version__, "version": VERSION, "seed": seed},
+            "partial": partial,
+            # What an earlier call with other cards found and made is still there.
+            "originals": before["originals"] | originals,
+            "questions": before["questions"] | counted,
+            "made": before["made"] | made,
+            "converted": before["converted"] | _convert_all(job),
+        }
+        if after != before:
+            write_json(path, after)
+        print(f"  {'as before' if after == before else 'written'}: {path}")
+
+
+def _place_all(job: Job, wanted: Sequence[Original], before: dict[str, Any]) -> dict[str, Any]:
+    """Brings the originals to where they are read. Returns what each is: bytes and hash, or a folder.
+
+    Raises UserError for those that are not the published ones, or have changed since they were prepared.
+    """
+    found: dict[str, Any] = {}
+    faults = []
+    for original in wanted:
+        if original.needed_for == "more" and absent([original], job.source, job.root, ""):
+            print(f"  not there, and not needed: {', '.join(original.paths)} ({original.url})")
+            continue
+        for line in place(original, job.source, job.root, exact=not job.partial):
+            print(f"  {line}")
+        for path in original.paths:
+            target = job.root / path
+            if target.is_dir():
+                found[path] = {"folder": True}
+                continue
+            if not job.partial and original.name == target.name:
+                compare(target, original)
+            found[path] = {"bytes": target.stat().st_size, "sha256": sha256(target)}
+            if path in before and before[path] != found[path]:
+                mend = f"Fetch the former, or move {MANIFEST} away, and what it says was made."
+                faults.append(Fault("it is not the file that was prepared before", str(target), mend))
+    if faults:
+        raise UserError.of(faults)
+    return found
+
+
+def _read_all(job: Job) -> list[Asked]:
+    """The questions that are scored, by task and split, and those of each card's training files."""
+    asked = []
+    for task in job.known.tasks:
+        protocol = load_protocol(task)
+        if "composed" in protocol.options and task not in job.cards:
+            continue
+        for split, file in protocol.annotations.items():
+            if split not in TRAINING and (job.root / file).exists():
+                asked.append(_asked(protocol, split, job.root))
+    for name in job.cards:
+        card = load_card(name)
+        protocol = asking(card)
+        asked += [
+            _asked(protocol, split, job.root, card) for split in card.splits if split in protocol.annotations
+        ]
+    return asked
+
+
+def _asked(protocol: Protocol, split: str, root: Path, card: Card | None = None) -> Asked:
+    return Asked(protocol.for_split(split), split, protocol.questions(split, root)[0], card)
+
+
+def _count(job: Job, asked: Sequence[Asked]) -> dict[str, Any]:
+    """How many questions each split of each task has, and how many of their pictures are missing.
+
+    Raises UserError where the counts are not the official ones or a picture is missing; with partial data it
+    says so.
+    """
+    counted: dict[str, Any] = {}
+    lines: dict[str, None] = {}
+    faults: dict[Fault, None] = {}  # in their order, each once
+    for each in asked:
+        protocol, split, questions = each.protocol, each.split, each.questions
+        folder = job.root / protocol.images
+        lost = [] if each.is_composed else _missing(job, questions, folder)
+        official = protocol.expect.get(split)
+        counted.setdefault(protocol.task, {})[split] = {
+            "questions": len(questions),
+            "official": official,
+            "pictures_missing": len(lost),
+        }
+        right = ", the official count" if official == len(questions) else ""
+        if other := protocol.other_count(split, len(questions)):
+            faults[Fault(other, str(job.root), "Fetch it anew. --partial takes it as it is.")] = None
+            right = f"; officially {official:,}"
+        if lost:
+            faults[pictures.fault_of(lost, questions, folder)] = None
+        right += f"; {len(lost):,} pictures are missing" if lost else ""
+        line = f"  {protocol.task}, {split}: {len(questions):,} questions{right}"
+        lines[line] = None
+    print("\n".join(lines))
+    if faults and not job.partial:
+        raise UserError.of(faults)
+    if faults:
+        print("  partial: taken as it is, not all of what was published")
+    return counted
+
+
+def _missing(job: Job, questions: Sequence[Question], folder: Path) -> list[str]:
+    """The pictures that are neither under `folder` nor where they could be linked from."""
+    places = [base / name for base in (job.root, job.source) for name in job.known.gathered_from]
+    if linked := pictures.gather(questions, folder, places):
+        print(f"  {folder}: links to {linked:,} pictures")
+    return pictures.missing(questions, folder)
+
+
+def _make_all(job: Job, asked: Sequence[Asked], before: dict[str, Any]) -> dict[str, Any]:
+    """The composed pictures and the cards' training files, as far as they are not made already.
+
+    Raises UserError where a file has been changed since, or is not one that was made here.
+    """
+    made: dict[str, Any] = {}
+    for each in asked:
+        protocol, questions, folder = each.protocol, each.questions, job.root / each.protocol.images
+        if each.is_composed:
+            options = {key: value for key, value in protocol.options.items() if key != "composed"}
+            apart = read_questions(
+                replace(protocol, options=options), job.root / protocol.annotations[each.split]
+            )
+            drawn = compose_all(apart, questions, folder)
+            print(
+                f"  {folder / protocol.options['composed']}: {drawn:,} pictures drawn of {len(questions):,}"
+            )
+        if each.card is None:
+            continue
+        name = each.card.splits[each.split]
+        lost = set(pictures.missing(questions, folder))
+        there = [question for question in questions if not lost.intersection(question.images)]
+        origin = _origin(job, each, sorted(lost))
+        made[name] = before.get(name) if _is_made(job.root / name, before.get(name), origin) else None
+        if made[name] is None:
+            rows = samples(each.card, protocol, there, job.seed)
+            write_samples(job.root / name, rows)
+            made[name] = {
+                "card": each.card.name,
+                "split": each.split,
+                "samples": len(rows),
+                "left_out": {
+                    "without_picture": len(questions) - len(there),
+                    "without_answer": _mute(each, there),
+                },
+                "sha256": sha256(job.root / name),
+                "origin": origin,
+            }
+        said = f"{made[name]['samples']:,} samples, card {each.card.name}, split {each.split}"
+        for why, count in made[name]["left_out"].items():
+            said += f"; {count:,} questions {why.replace('_', ' ')} left out" if count else ""
+        print(f"  {job.root / name}: {said}")
+    return made
+
+
+def _mute(each: Asked, questions: Sequence[Question]) -> int:
+    return sum(not any(answer.strip() for answer in question.answers) for question in questions)
+
+
+def _origin(job: Job, each: Asked, lost: Sequence[str]) -> str:
+    """A hash of all that a training file is made of."""
+    decides = {
+        "card": to_dict(each.card),
+        "protocol": each.protocol.hash,
+        "files": [sha256(file) for file in each.protocol.files(each.split, job.root)],
+        "lost": list(lost),
+        "seed": job.seed,
+        "version": VERSION,
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _is_made(path: Path, before: dict[str, Any] | None, origin: str) -> bool:
+    """Whether a file is there as it would be made. Raises UserError for one that would be overwritten."""
+    if not path.exists():
+        return False
+    if before is None or sha256(path) != before["sha256"]:
+        what = "it was not made here" if before is None else "it has been changed since it was made"
+        raise UserError(what, where=path, mend="Move it away: it is made anew, and would be overwritten.")
+    return bool(before["origin"] == origin)
+
+
+def _convert_all(job: Job) -> dict[str, Any]:
+    """Checks and links the files that others made of the set, and makes those that stand in for one."""
+    used: dict[str, Any] = {}
+    for each in job.known.converted:
+        target = job.root / each.path
+        found = converted.found_in(each, job.source, job.root)
+        if found is not None:
+            use = converted.check(each, found, job.root, job.partial)
+            if found != target:
+                link(target, found)
+            used[each.path] = {"whose": each.whose, "sha256": sha256(found)}
+            print(f"  {target}, {each.whose}: {use}")
+        elif each.made_by in job.cards:
+            card, own = load_card(each.made_by), converted.stand_in(target)
+            questions, _ = asking(card).questions(each.split, job.root)
+            converted.write_rows(own, converted.question_rows(card, questions))
+            link(target, own)
+            used[each.path] = {"whose": "made here", "sha256": sha256(own)}
+            print(f"  {target}: made here in place of {each.whose}, as {own.name}; --tasks {each.task}")
+    return used

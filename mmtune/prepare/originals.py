@@ -1,0 +1,222 @@
+"""Datasets as they were published: what each consists of, where it is found, and how it comes into place.
+
+data/originals/NAME.yaml lists the files of a set, from where, and under which licence. They are linked to
+where cards and protocols read them, or unpacked there; what a user has is never moved or changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mmtune.core.config import parse_named
+from mmtune.core.errors import Fault, UserError
+from mmtune.core.files import inside, replacing, replacing_folder, share, writing
+
+
+@dataclass
+class Original:
+    """Files or folders that are published together.
+
+    paths: where protocols read them, relative to the set's root. url: the file itself, an archive, or a page
+    that leads to them. inside: the folder in which the archive holds them. also_in: further folders,
+    relative to where the originals lie, in which they may be. needed_for: scores; training data only; or more
+    than either, so that it may be absent. bytes, sha256: of what the url gives, as `confirmed_by` has them.
+    """
+
+    paths: list[str]
+    url: str
+    inside: str = ""
+    also_in: list[str] = field(default_factory=list)
+    needed_for: Literal["evaluation", "training", "more"] = "evaluation"
+    bytes: int | None = None
+    sha256: str | None = None
+    confirmed_by: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name under which the download is saved, as long as the url is a file's."""
+        return self.url.rsplit("/", 1)[-1]
+
+    @property
+    def size(self) -> str:
+        return "" if self.bytes is None else f"{self.bytes / 1e9:.2f} GB, "
+
+
+@dataclass
+class Converted:
+    """A file that others made of a set, in LLaVA's formats, and how it is used where a user has it.
+
+    task, split: the protocol that asks in its words; against: a protocol of the official questions, where the
+    task reads nothing but this file. card, split: the card that trains on it. made_by: the card whose
+    questions stand in for it where it is not at hand.
+    """
+
+    path: str
+    whose: str
+    split: str
+    also_in: list[str] = field(default_factory=list)
+    task: str = ""
+    against: str = ""
+    card: str = ""
+    made_by: str = ""
+
+
+@dataclass
+class Originals:
+    """A set as it was published. tasks, cards: what reads it. gathered_from: folders out of which pictures
+    are linked to where the protocol reads them.
+    """
+
+    name: str
+    about: str
+    licence: str
+    page: str
+    root: Path
+    tasks: list[str]
+    cards: list[str]
+    originals: list[Original]
+    converted: list[Converted]
+    gathered_from: list[str] = field(default_factory=list)
+
+
+def originals_names() -> list[str]:
+    return sorted(path.stem for path in (share("data") / "originals").glob("*.yaml"))
+
+
+def load_originals(name: str) -> Originals:
+    """A set by name. Raises UserError that lists the known ones."""
+    found: Originals = parse_named(Originals, "dataset", share("data") / "originals", name)
+    return found
+
+
+def find(path: str, places: Sequence[str], source: Path, root: Path) -> Path | None:
+    """Where `path` lies: in `source`, in `root`, or in one of `places` relative to the two."""
+    for folder in (source, root):
+        for place in ("", *places):
+            found = folder / place / path
+            if found.exists():
+                return found
+    return None
+
+
+def absent(wanted: Sequence[Original], source: Path, root: Path, licence: str) -> list[Fault]:
+    """A fault for each download of which something is not there, with where to get it."""
+    faults: dict[str, Fault] = {}
+    missing: dict[str, list[str]] = {}
+    for original in wanted:
+        paths = [p for p in original.paths if not find(p, [original.inside, *original.also_in], source, root)]
+        if paths and _archive(original, source, root) is None:
+            missing.setdefault(original.url, []).extend(paths)
+            what = f"not there: {', '.join(missing[original.url])}"
+            mend = f"Get it from {original.url} ({original.size}{licence}). It may stay as it comes: "
+            mend += "--source DIR says where it lies."
+            if original.needed_for == "training":
+                mend += " Only training needs it: --cards none goes without."
+            faults[original.url] = Fault(what, str(source), mend)
+    return list(faults.values())
+
+
+def _archive(original: Original, source: Path, root: Path) -> Path | None:
+    if not original.url.endswith(".zip"):
+        return None
+    return next(
+        (folder / original.name for folder in (source, root) if (folder / original.name).is_file()), None
+    )
+
+
+def place(original: Original, source: Path, root: Path, exact: bool) -> list[str]:
+    """Brings an original, which is there, to where it is read, and says what was done: nothing, where it is
+    in place already. A link of before gives way to what `source` has.
+
+    exact: compares a download with its published hash. Raises UserError where it is another, and for an
+    archive that is broken or lacks it.
+    """
+    done = []
+    compared = False
+    for path in original.paths:
+        target = root / path
+        found = find(path, [original.inside, *original.also_in], source, root)
+        if target.exists() and not (target.is_symlink() and found and not found.samefile(target)):
+            continue
+        if found is not None:
+            link(target, found)
+            done.append(f"{target} -> {os.readlink(target)}")
+            continue
+        archive = _archive(original, source, root)
+        assert archive is not None  # or it would have been absent
+        if exact and not compared:
+            compare(archive, original)
+            compared = True
+        unpack(archive, f"{original.inside}/{path}".lstrip("/"), target)
+        done.append(f"{target} unpacked from {archive}")
+    return done
+
+
+def link(target: Path, found: Path) -> None:
+    """A symbolic link at `target`, relative within one set and to the set beside it. Raises UserError."""
+    found = Path(os.path.abspath(found))
+    beneath = found.is_relative_to(os.path.abspath(target.parent.parent))
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_symlink():
+            target.unlink()
+        target.symlink_to(os.path.relpath(found, target.parent) if beneath else found)
+
+
+def compare(path: Path, original: Original) -> None:
+    """Raises UserError where a downloaded file is not the published one, as far as its hash is known."""
+    if original.bytes is not None and path.stat().st_size != original.bytes:
+        what = f"it has {path.stat().st_size:,} bytes, published are {original.bytes:,}"
+    elif original.sha256 is not None and sha256(path) != original.sha256:
+        what = f"its SHA-256 is not that of the published file, {original.sha256}"
+    else:
+        return
+    raise UserError(
+        f"{what} ({original.confirmed_by})",
+        where=path,
+        mend=f"Fetch it anew from {original.url}. --partial takes it as it is.",
+    )
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file. Raises UserError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=path, mend="Look at its disk.") from None
+
+
+def unpack(archive: Path, member: str, target: Path) -> None:
+    """A file of a zip archive, or a folder with all that is in it, written to `target` whole or not at all.
+
+    Raises UserError where the archive is broken, lacks it, or names a file outside of the folder.
+    """
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            names = [name for name in opened.namelist() if name == member or name.startswith(f"{member}/")]
+            if not names:
+                raise UserError(f"there is no {member} in it", where=archive, mend="Is it the right archive?")
+            if names == [member]:
+                with replacing(target) as temporary:
+                    _extract(opened, member, temporary)
+                return
+            with replacing_folder(target) as folder:
+                for name in names:
+                    if not name.endswith("/"):
+                        _extract(opened, name, inside(folder, name[len(member) + 1 :]))
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        raise UserError(f"a broken archive: {error}", where=archive, mend="Fetch it anew.") from None
+
+
+def _extract(opened: zipfile.ZipFile, name: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with opened.open(name) as packed, open(target, "wb") as file:
+        shutil.copyfileobj(packed, file, 1 << 20)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from mmtune.core.errors import UserError
 from mmtune.data.chat import FORMATS
 from mmtune.parts.spec import PARTS
+from mmtune.prepare.originals import originals_names
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -283,8 +284,8 @@ def _parser() -> argparse.ArgumentParser:
     prepare = actions.add_parser("prepare", help="make what cards and protocols read")
     prepare.add_argument(
         "name",
-        metavar="NAME",
-        help="tiny, which is drawn from a seed; iconqa, textvqa, okvqa, ocrvqa, gqa, coco",
+        choices=["tiny", *originals_names()],
+        help="tiny: the world that ships with mmtune, drawn from a seed; the others: sets as they were published",
     )
     prepare.add_argument("--source", type=Path, help="where the originals lie (default: the output path)")
     prepare.add_argument("--output_path", type=Path, help="default: datasets/NAME")

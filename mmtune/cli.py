@@ -299,6 +299,14 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="of the order of the samples, or of the tiny world"
     )
     prepare.set_defaults(run=_prepare)
+    shard = actions.add_parser("shard", help="a LLaVA training file and its pictures as webdataset shards")
+    shard.add_argument("file", type=Path, metavar="LLAVA.json", help="or .jsonl")
+    shard.add_argument("destination", type=Path, metavar="DST", help="the folder to write; not there yet")
+    shard.add_argument(
+        "--image_root", type=Path, help="what its pictures' paths are relative to (default: its folder)"
+    )
+    shard.add_argument("--samples_per_shard", type=_positive, default=1000, metavar="N")
+    shard.set_defaults(run=_shard)
     return parser
 
 
@@ -623,6 +631,14 @@ def _console() -> Console:
     from rich.console import Console
 
     return Console()
+
+
+def _shard(options: argparse.Namespace) -> None:
+    from mmtune.data.sharding import write_shards
+
+    root = options.image_root or options.file.parent
+    name = write_shards(options.file, root, options.destination, options.samples_per_shard)
+    print(f'written; in a run: data: [{{path: "{name}"}}]')
 
 
 def _prepare(options: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from mmtune.core.errors import UserError
 from mmtune.core.files import read_json
 from mmtune.core.table import nearest
 from mmtune.data.cards import load_card
+from mmtune.data.shards import hash_shards, is_shards, shard_files
 from mmtune.parts.spec import PARTS, ModelOptions, quantization, saved_part
 from mmtune.training.zero_json import json_faults
 from mmtune.tuning.base import TUNERS
@@ -25,7 +26,7 @@ from mmtune.tuning.kl import KlOptions
 
 @dataclass
 class DataOptions:
-    """Training data: a split of a card, or a LLaVA training file by `path`.
+    """Training data: a split of a card, or by `path` a LLaVA training file or webdataset shards of such rows.
 
     root: where the card's files lie, instead of the card's own. limit: the first so many samples.
     image_first: moves `<image>` to the front of its turn, as LLaVA-1.5 does with its data.
@@ -56,12 +57,21 @@ class DataOptions:
                 fault("split", f"the card {self.card} has no split '{self.split}'", mend)
                 return
         file = self.file()
-        if not os.path.isfile(file):
+        key = "card" if self.card else "path"
+        if is_shards(file):
+            if self.image_root is not None:
+                fault("image_root", "the pictures lie in the shards", "Leave image_root out.")
+            try:
+                shard_files(file)
+            except UserError as error:
+                for found in error.faults:
+                    fault(key, found.what, found.mend)
+        elif not os.path.isfile(file):
             mend = f"It is {load_card(self.card).source}." if self.card else "Is the path right?"
-            fault("card" if self.card else "path", f"there is no file {file}", mend)
+            fault(key, f"there is no file {file}", mend)
 
     def file(self) -> Path:
-        """The LLaVA training file."""
+        """The LLaVA training file, or the shards' common name."""
         if self.path is not None:
             return self.path
         card = load_card(str(self.card))
@@ -401,5 +411,6 @@ def data_hash(data: list[DataOptions]) -> str:
     """The first 16 hex digits of the SHA-256 of the training files, in their order; pictures are not read."""
     digest = hashlib.sha256()
     for part in data:
-        digest.update(part.file().read_bytes())
+        file = part.file()
+        digest.update(hash_shards(file) if is_shards(file) else file.read_bytes())
     return digest.hexdigest()[:16]

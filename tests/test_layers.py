@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mmtune"
 # From the ground floor up. A file may import any file that stands before it.
 ORDER = """
 core.errors core.processes core.files core.table core.config core.versions
-data.chat data.image data.samples data.batches data.cards data.tiny data.tiny_tokenizer
+data.chat data.shards data.image data.samples data.sharding data.batches data.cards
+data.tiny data.tiny_tokenizer
 parts.foreign parts.spec parts.fingerprint parts.loading
 parts.vision.base parts.vision.clip parts.vision.open_clip
 parts.connector.base parts.connector.linear parts.connector.mlp

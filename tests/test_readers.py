@@ -375,5 +375,5 @@ def test_samples_come_back_as_they_were_written(
     dumped = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
     text = "\n".join(dumped) if form == "jsonl" else f"[{', '.join(dumped)}]"
     (folder / f"samples.{form}").write_text(text)
-    expected = [Sample(s.id, tuple(folder / image for image in s.images), s.turns) for s in written]
+    expected = [Sample(s.id, tuple(folder / str(image) for image in s.images), s.turns) for s in written]
     assert read_llava(folder / f"samples.{form}", folder) == expected

@@ -52,7 +52,11 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> Any:
     """The parsed JSON of a file. Raises UserError with the line of what is broken."""
-    text = read_text(path)
+    return parse_json(read_text(path), path)
+
+
+def parse_json(text: str, path: object) -> Any:
+    """The value of the JSON text of a file, `path`. Raises UserError with the line of what is broken."""
     if not text.strip():
         raise UserError("the file is empty", where=path, mend="Was it written whole?")
     try:
@@ -61,7 +65,7 @@ def read_json(path: Path) -> Any:
         mend = "Mend that line; was the file written whole?"
         if error.msg == "Extra data":
             mend = "A file of one object per line is JSONL: let its name end in .jsonl."
-            if Path(path).suffix == ".jsonl":
+            if str(path).endswith(".jsonl"):
                 mend = "It has an object per line; a file that is one JSON value is expected here."
         where = f"{path}, line {error.lineno}"
         raise UserError(f"not valid JSON: {error.msg}", where=where, mend=mend) from None

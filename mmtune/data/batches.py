@@ -5,18 +5,16 @@ Padding is decided here and only here: to the right for training, to the left fo
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from mmtune.core.errors import Fault, UserError
 from mmtune.data.chat import IGNORE, Chat
-from mmtune.data.image import ImageTransform, load_image
+from mmtune.data.image import ImageTransform, Picture, is_there, load_image
 from mmtune.data.samples import MOST_FAULTS, Sample
 
 
@@ -27,7 +25,7 @@ class Example:
     id: str
     ids: np.ndarray
     labels: np.ndarray
-    images: tuple[Path, ...]
+    images: tuple[Picture, ...]
 
 
 @dataclass
@@ -102,11 +100,11 @@ def encode_samples(
 
 def check_pictures(examples: Sequence[Example | Sample]) -> None:
     """Raises UserError with the first samples whose pictures are missing, before one of them is due."""
-    missing: dict[Path, str] = {}
-    known: set[Path] = set()
+    missing: dict[Picture, str] = {}
+    known: set[Picture] = set()
     for example in examples:
         for path in example.images:
-            if path not in known and not os.path.isfile(path):  # False too where its folder is closed
+            if path not in known and not is_there(path):
                 missing[path] = example.id
             known.add(path)
     if missing:
@@ -197,7 +195,7 @@ def pad(rows: Sequence[np.ndarray | list[int]], pad_id: int, left: bool) -> Batc
     return Batch(ids, mask, torch.empty(0, 3, 0, 0, dtype=torch.uint8))
 
 
-def load_images(paths: Sequence[Path], transform: ImageTransform) -> torch.Tensor:
+def load_images(paths: Sequence[Picture], transform: ImageTransform) -> torch.Tensor:
     """Pictures as uint8 [N, 3, S, S]; N may be 0."""
     if not paths:
         return torch.empty(0, 3, transform.size, transform.size, dtype=torch.uint8)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,7 +13,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mmtune.core.errors import UserError
+from mmtune.data.shards import Stored
 
+Picture = Path | Stored  # a file by itself, or in a shard
 MOST_PIXELS = 2**26  # of a picture made on the way to the model's size: 8192 x 8192
 _MEND = "Take the picture out of the data, or fetch or save it anew."
 
@@ -65,14 +69,19 @@ def _crop(picture: Image.Image, size: int) -> Image.Image:
     return resized.crop((left, top, left + size, top + size))
 
 
-def load_image(path: Path) -> Image.Image:
+def is_there(picture: Picture) -> bool:
+    """Whether there is such a file: False too where its folder is closed. What was indexed is there."""
+    return isinstance(picture, Stored) or os.path.isfile(picture)
+
+
+def load_image(path: Picture) -> Image.Image:
     """An upright RGB picture. Transparent parts are laid on white, 16-bit greys scaled to 8; of an animation
     the first frame.
 
     Raises UserError that names the file where it is missing or broken.
     """
     try:
-        with Image.open(path) as opened:
+        with Image.open(io.BytesIO(path.read()) if isinstance(path, Stored) else path) as opened:
             opened.load()
             return upright_rgb(opened)
     except FileNotFoundError:

@@ -1,21 +1,25 @@
-"""LLaVA training files (JSON or JSONL) -> Sample(id, images, turns).
+"""LLaVA training files (JSON, JSONL or webdataset shards) -> Sample(id, images, turns).
 
 A file's rows are `{"id", "image": path or list of paths, "conversations": [{"from", "value"}]}`;
-text-only rows have no image, or null. Other keys are not read.
+text-only rows have no image, or null. Other keys are not read. In a shard the pictures stand beside their
+row, in its order, whatever their paths in it.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmtune.core.errors import Fault, UserError
-from mmtune.core.files import inside, read_json, read_jsonl
+from mmtune.core.files import inside, parse_json, read_json, read_jsonl
 from mmtune.data.chat import IMAGE, Turn
+from mmtune.data.image import Picture
+from mmtune.data.shards import Stored, is_shards, key_and_ending, row_and_pictures, stored_samples
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 MOST_FAULTS = 20
@@ -29,7 +33,7 @@ class Sample:
     """
 
     id: str
-    images: tuple[Path, ...]
+    images: tuple[Picture, ...]
     turns: tuple[Turn, ...]
     where: str = field(default="", compare=False)
 
@@ -40,7 +44,11 @@ class Sample:
 
 
 def read_llava(path: Path, image_root: Path, limit: int | None = None) -> list[Sample]:
-    """The samples of a LLaVA training file, at most `limit`. Raises UserError with the first faults found."""
+    """The samples of a training file, or of the shards that `path` names, at most `limit`.
+
+    image_root: what the paths of pictures are relative to; not looked at for shards. Raises UserError with
+    the first faults found.
+    """
     samples, faults = read_sound(path, image_root, limit)
     if faults:
         raise UserError.of(faults)
@@ -49,29 +57,39 @@ def read_llava(path: Path, image_root: Path, limit: int | None = None) -> list[S
 
 def read_sound(path: Path, image_root: Path, limit: int | None = None) -> tuple[list[Sample], list[Fault]]:
     """The samples without faults and the first faults of the others. Raises UserError for a broken file."""
-    if str(path).endswith(".jsonl"):
-        rows: list[tuple[str, Any]] = [(f"{path}, line {line}", row) for line, row in read_jsonl(path)]
+    faults: list[Fault] = []
+    if is_shards(path):
+        stored, faults = stored_samples(path, limit)
+        reads = [partial(_stored_sample, files) for files in stored]
     else:
-        whole = read_json(path)
-        if not isinstance(whole, list):
-            raise UserError(
-                f"expected a list of samples, found {type(whole).__name__}",
-                where=path,
-                mend="Put the samples between [ and ], with commas between them.",
-            )
-        rows = [(f"{path}, sample {i}", row) for i, row in enumerate(whole)]
-    if not rows:
-        raise UserError("the file holds no samples", where=path, mend="Was it written whole?")
-    samples, faults = [], []
-    for where, row in rows[:limit]:
+        find = partial(inside, image_root)
+        reads = [partial(_sample, row, where, find) for where, row in read_rows(path)[:limit]]
+    if not reads and not faults:
+        raise UserError("there are no samples", where=path, mend="Was it written whole?")
+    samples = []
+    for read in reads:
         try:
-            samples.append(_sample(row, where, image_root))
+            samples.append(read())
         except UserError as error:
             faults += error.faults
-            if len(faults) == MOST_FAULTS:
+            if len(faults) >= MOST_FAULTS:
                 faults.append(Fault("there may be more; these are the first", str(path)))
                 break
     return samples, faults
+
+
+def read_rows(path: Path) -> list[tuple[str, Any]]:
+    """The rows of a training file as they are written, each with its place. Raises UserError."""
+    if str(path).endswith(".jsonl"):
+        return [(f"{path}, line {line}", row) for line, row in read_jsonl(path)]
+    whole = read_json(path)
+    if not isinstance(whole, list):
+        raise UserError(
+            f"expected a list of samples, found {type(whole).__name__}",
+            where=path,
+            mend="Put the samples between [ and ], with commas between them.",
+        )
+    return [(f"{path}, sample {i}", row) for i, row in enumerate(whole)]
 
 
 def repeated_ids(samples: Sequence[Sample]) -> list[str]:
@@ -92,7 +110,29 @@ def image_first(sample: Sample) -> Sample:
     return replace(sample, turns=tuple(moved(turn) for turn in sample.turns))
 
 
-def _sample(row: Any, where: str, image_root: Path) -> Sample:
+def _stored_sample(files: list[Stored]) -> Sample:
+    """The sample that a shard's files of one key make."""
+    stored, pictures = row_and_pictures(files)
+    where = f"{stored.shard}, {key_and_ending(stored)[0]}"
+    try:
+        row = parse_json(stored.read().decode(), stored)
+    except UnicodeDecodeError as error:
+        what = f"not UTF-8 text (byte {error.start})"
+        raise UserError(what, where=stored, mend="Save it as UTF-8.") from None
+    named = row.get("image") if isinstance(row, dict) else 0
+    named = [named] if isinstance(named, str) else named
+    if named and isinstance(named, list) and len(named) != len(pictures):
+        raise UserError(
+            f"the row names {len(named)} pictures, {len(pictures)} lie beside it",
+            where=where,
+            mend="Was the shard written whole? Each picture of a row stands beside it, in the same order.",
+        )
+    if named is None or isinstance(named, list):
+        row = {**row, "image": [picture.name for picture in pictures]}
+    return _sample(row, where, {picture.name: picture for picture in pictures}.__getitem__)
+
+
+def _sample(row: Any, where: str, find: Callable[[str], Picture]) -> Sample:
     if not isinstance(row, dict):
         raise UserError(
             f"expected an object, found {type(row).__name__}",
@@ -138,7 +178,7 @@ def _sample(row: Any, where: str, image_root: Path) -> Sample:
             mend="Give it an answer, or take the sample out.",
         )
     try:
-        paths = tuple(inside(image_root, image) for image in images)
+        paths = tuple(map(find, images))
     except UserError as error:
         raise UserError(error.faults[0].what, where=where, mend=error.faults[0].mend) from None
     return Sample(str(name), paths, turns, where)

@@ -11,6 +11,7 @@ from mmtune.core.errors import UserError
 from mmtune.core.files import write_text
 from mmtune.data.cards import Card, load_card
 from mmtune.data.chat import IMAGE
+from mmtune.data.image import is_there
 from mmtune.data.samples import read_llava
 from mmtune.evaluation.metrics.base import Question, some
 from mmtune.evaluation.protocol import Protocol, load_protocol
@@ -64,7 +65,7 @@ def check(converted: Converted, file: Path, root: Path, partial: bool) -> str:
 def _check_samples(converted: Converted, file: Path, root: Path) -> str:
     card = load_card(converted.card)
     for sample in read_llava(file, root / card.images):
-        if lost := [path for path in sample.images if not path.is_file()]:
+        if lost := [path for path in sample.images if not is_there(path)]:
             mend = "Is the folder of the pictures the one that it was made for?"
             raise UserError(f"there is no picture {lost[0]}", where=sample.place, mend=mend)
     return f"data: [{{card: {converted.card}, split: {converted.split}}}]"

@@ -23,7 +23,7 @@ from mmtune.core.config import Source, build, to_dict
 from mmtune.core.errors import Fault, UserError
 from mmtune.data.batches import Example, check_pictures, encode_samples
 from mmtune.data.chat import IGNORE, IMAGE, IMAGE_ID, Chat
-from mmtune.data.image import load_image
+from mmtune.data.image import Picture, is_there, load_image
 from mmtune.data.samples import MOST_FAULTS, Sample
 from mmtune.evaluation.protocol import load_protocol, load_suite
 from mmtune.parts.model import VisionLanguageModel, assemble
@@ -150,7 +150,7 @@ def _check_stage(
         *(probe.examples or probe.samples),
     ]
     faults.gather((), check_pictures, shown)
-    paths = [path for path in dict.fromkeys(path for one in shown for path in one.images) if path.is_file()]
+    paths = [path for path in dict.fromkeys(path for one in shown for path in one.images) if is_there(path)]
     found.pictures = len(paths)
     chosen = [paths[i * len(paths) // pictures] for i in range(pictures)] if pictures < len(paths) else paths
     found.decoded = len(chosen)
@@ -185,7 +185,7 @@ def _check_data(
     return found
 
 
-def _decode(paths: Iterable[Path]) -> None:
+def _decode(paths: Iterable[Picture]) -> None:
     faults: list[Fault] = []
     for path in paths:
         try:

@@ -16,6 +16,7 @@ from mmtune.cli import main
 from mmtune.data.batches import encode_samples
 from mmtune.data.cards import load_card
 from mmtune.data.chat import Chat
+from mmtune.data.image import is_there
 from mmtune.data.samples import read_llava
 from mmtune.evaluation.protocol import load_protocol
 from mmtune.prepare.dataset import MANIFEST
@@ -77,7 +78,7 @@ def test_cards_can_be_trained_on(name: str, prepared: Path, make_tokenizer: Make
         for split in set(card.splits) - {"released"}:
             samples = read_llava(root / card.splits[split], root / card.images)
             assert len(samples) >= 20
-            assert all(path.is_file() for sample in samples for path in sample.images)
+            assert all(is_there(path) for sample in samples for path in sample.images)
             examples, skipped = encode_samples(samples, chat, max_length=512)
             assert len(examples) == len(samples) and not skipped
 

@@ -285,7 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument(
         "name",
         choices=["tiny", *originals_names()],
-        help="tiny: the world that ships with mmtune, drawn from a seed; the others: sets as they were published",
+        help="tiny: the world that ships with mmtune, drawn from a seed; the others: as they were published",
     )
     prepare.add_argument("--source", type=Path, help="where the originals lie (default: the output path)")
     prepare.add_argument("--output_path", type=Path, help="default: datasets/NAME")
@@ -643,6 +643,9 @@ def _shard(options: argparse.Namespace) -> None:
 
 def _prepare(options: argparse.Namespace) -> None:
     if options.name == "tiny":
+        if options.source or options.cards or options.partial:
+            what = "the tiny world is drawn: it has no originals, and all its cards are made"
+            raise UserError(what, mend="Leave --source, --cards and --partial out.")
         _prepare_tiny(options.output_path or Path("datasets/tiny"), options.seed)
         return
     from mmtune.prepare.dataset import prepare

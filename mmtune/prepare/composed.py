@@ -72,5 +72,8 @@ def compose_all(originals: Sequence[Question], composed: Sequence[Question], roo
             compose(first, options).save(temporary, format="PNG")
         return True
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
         return sum(pool.map(draw, zip(originals, composed, strict=True)))
+    finally:
+        pool.shutdown(cancel_futures=True)  # not all the others after a broken one, or Ctrl-C

@@ -122,9 +122,11 @@ def _place_all(job: Job, wanted: Sequence[Original], before: dict[str, Any]) -> 
             print(f"  not there, and not needed: {', '.join(original.paths)} ({original.url})")
             continue
         for line in place(original, job.source, job.root, exact=not job.partial):
-            print(f"  {line}")
+            print(f"  {line}", flush=True)
         for path in original.paths:
             target = job.root / path
+            if not target.exists():  # another folder holds what is needed of it
+                continue
             if target.is_dir():
                 found[path] = {"folder": True}
                 continue
@@ -140,26 +142,33 @@ def _place_all(job: Job, wanted: Sequence[Original], before: dict[str, Any]) -> 
 
 
 def _read_all(job: Job) -> list[Asked]:
-    """The questions that are scored, by task and split, and those of each card's training files."""
-    asked = []
+    """The questions that are scored, by task and split, and those of each card's training files.
+
+    Raises UserError with the faults of all files.
+    """
+    wanted: list[tuple[Protocol, str, Card | None]] = []
     for task in job.known.tasks:
         protocol = load_protocol(task)
         if "composed" in protocol.options and task not in job.cards:
             continue
         for split, file in protocol.annotations.items():
             if split not in TRAINING and (job.root / file).exists():
-                asked.append(_asked(protocol, split, job.root))
-    for name in job.cards:
-        card = load_card(name)
+                wanted.append((protocol, split, None))
+    for card in map(load_card, job.cards):
         protocol = asking(card)
-        asked += [
-            _asked(protocol, split, job.root, card) for split in card.splits if split in protocol.annotations
-        ]
+        wanted += [(protocol, split, card) for split in card.splits if split in protocol.annotations]
+    asked: list[Asked] = []
+    faults: dict[Fault, None] = {}  # in their order, each once
+    for protocol, split, made in wanted:
+        try:
+            questions, _ = protocol.questions(split, job.root)
+        except UserError as error:
+            faults.update(dict.fromkeys(error.faults))
+            continue
+        asked.append(Asked(protocol.for_split(split), split, questions, made))
+    if faults:
+        raise UserError.of(faults)
     return asked
-
-
-def _asked(protocol: Protocol, split: str, root: Path, card: Card | None = None) -> Asked:
-    return Asked(protocol.for_split(split), split, protocol.questions(split, root)[0], card)
 
 
 def _count(job: Job, asked: Sequence[Asked]) -> dict[str, Any]:
@@ -219,10 +228,9 @@ def _make_all(job: Job, asked: Sequence[Asked], before: dict[str, Any]) -> dict[
             apart = read_questions(
                 replace(protocol, options=options), job.root / protocol.annotations[each.split]
             )
-            drawn = compose_all(apart, questions, folder)
-            print(
-                f"  {folder / protocol.options['composed']}: {drawn:,} pictures drawn of {len(questions):,}"
-            )
+            target = folder / protocol.options["composed"]
+            print(f"  {target}: {len(questions):,} pictures", end="", flush=True)
+            print(f", {compose_all(apart, questions, folder):,} of them drawn now")
         if each.card is None:
             continue
         name = each.card.splits[each.split]

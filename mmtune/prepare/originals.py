@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -26,7 +26,8 @@ class Original:
 
     paths: where protocols read them, relative to the set's root. url: the file itself, an archive, or a page
     that leads to them. inside: the folder in which the archive holds them. also_in: further folders,
-    relative to where the originals lie, in which they may be. needed_for: scores; training data only; or more
+    relative to where the originals lie, in which they may be. instead: a folder that may already hold all
+    that is needed of them. needed_for: scores; training data only; or more
     than either, so that it may be absent. bytes, sha256: of what the url gives, as `confirmed_by` has them.
     """
 
@@ -34,6 +35,7 @@ class Original:
     url: str
     inside: str = ""
     also_in: list[str] = field(default_factory=list)
+    instead: str = ""
     needed_for: Literal["evaluation", "training", "more"] = "evaluation"
     bytes: int | None = None
     sha256: str | None = None
@@ -111,8 +113,10 @@ def absent(wanted: Sequence[Original], source: Path, root: Path, licence: str) -
     faults: dict[str, Fault] = {}
     missing: dict[str, list[str]] = {}
     for original in wanted:
-        paths = [p for p in original.paths if not find(p, [original.inside, *original.also_in], source, root)]
-        if paths and _archive(original, source, root) is None:
+        places = [original.inside, *original.also_in]
+        paths = [path for path in original.paths if find(path, places, source, root) is None]
+        elsewhere = original.instead and find(original.instead, [], source, root)
+        if paths and not elsewhere and _archive(original, source, root) is None:
             missing.setdefault(original.url, []).extend(paths)
             what = f"not there: {', '.join(missing[original.url])}"
             mend = f"Get it from {original.url} ({original.size}{licence}). It may stay as it comes: "
@@ -131,32 +135,29 @@ def _archive(original: Original, source: Path, root: Path) -> Path | None:
     )
 
 
-def place(original: Original, source: Path, root: Path, exact: bool) -> list[str]:
-    """Brings an original, which is there, to where it is read, and says what was done: nothing, where it is
-    in place already. A link of before gives way to what `source` has.
+def place(original: Original, source: Path, root: Path, exact: bool) -> Iterator[str]:
+    """Brings an original, which is there, to where it is read; says of each step what it is, before it.
 
-    exact: compares a download with its published hash. Raises UserError where it is another, and for an
-    archive that is broken or lacks it.
+    What is in place already stays, but for a link of before where `source` has another.
+    exact: compares an archive with its published hash. Raises UserError where it is another, and for an
+    archive that is broken or lacks what it should hold.
     """
-    done = []
-    compared = False
+    archive = _archive(original, source, root)
+    compared = not exact
     for path in original.paths:
         target = root / path
         found = find(path, [original.inside, *original.also_in], source, root)
         if target.exists() and not (target.is_symlink() and found and not found.samefile(target)):
             continue
         if found is not None:
+            yield f"{target}: a link to {found}"
             link(target, found)
-            done.append(f"{target} -> {os.readlink(target)}")
-            continue
-        archive = _archive(original, source, root)
-        assert archive is not None  # or it would have been absent
-        if exact and not compared:
-            compare(archive, original)
-            compared = True
-        unpack(archive, f"{original.inside}/{path}".lstrip("/"), target)
-        done.append(f"{target} unpacked from {archive}")
-    return done
+        elif archive is not None:
+            yield f"{target}: out of {archive}"
+            if not compared:
+                compare(archive, original)
+                compared = True
+            unpack(archive, f"{original.inside}/{path}".lstrip("/"), target)
 
 
 def link(target: Path, found: Path) -> None:

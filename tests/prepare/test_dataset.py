@@ -243,6 +243,33 @@ def test_missing_pictures(originals: Path, tmp_path: Path, capsys: pytest.Captur
     assert "24 samples, card gqa, split train\n" in capsys.readouterr().out
 
 
+def test_pictures_that_lie_where_they_are_read(
+    originals: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """OK-VQA without COCO's folders: images/ has all of them, beside the annotations or in the source."""
+    for source, root in ((tmp_path / "a", tmp_path / "a"), (tmp_path / "b/source", tmp_path / "b/okvqa")):
+        shutil.copytree(originals / "okvqa", source)
+        assert prepare("okvqa", source, root) == 2
+        assert "not there: val2014" in capsys.readouterr().err
+        shutil.copytree(prepared / "datasets/okvqa/images", source / "images")
+        assert prepare("okvqa", source, root) == 0
+        assert len(list((root / "images").iterdir())) == 20
+
+
+def test_all_broken_files_are_told_at_once(
+    originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(originals / "gqa", source)
+    for split in ("train", "testdev"):
+        (source / f"{split}_balanced_questions.json").write_text('{"1": {"question": "What?"}}')
+    assert prepare("gqa", source, tmp_path / "gqa") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("mmtune: 2 faults")
+    for split in ("train", "testdev"):
+        assert f"{split}_balanced_questions.json, question 1: 'imageId' is missing" in said
+
+
 def test_covers_that_were_saved_as_jpg(
     originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

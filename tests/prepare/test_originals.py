@@ -72,13 +72,13 @@ def test_what_lies_elsewhere_is_linked_and_left_alone(tmp_path: Path) -> None:
     beside = tmp_path / "sets/other/pictures"
     beside.mkdir(parents=True)
     original = Original(["a.json", "pictures"], ZIP, inside="unpacked", also_in=["../other"])
-    assert len(place(original, source, root, exact=True)) == 2
+    assert len(list(place(original, source, root, exact=True))) == 2
     assert (root / "a.json").samefile(source / "unpacked/a.json")
     assert (root / "pictures").readlink() == Path("../other/pictures")
-    assert place(original, source, root, exact=True) == []
+    assert list(place(original, source, root, exact=True)) == []
     (tmp_path / "newer").mkdir()
     (tmp_path / "newer/a.json").write_text("[]")
-    place(original, tmp_path / "newer", root, exact=True)
+    list(place(original, tmp_path / "newer", root, exact=True))
     assert (root / "a.json").read_text() == "[]"
     assert (source / "unpacked/a.json").read_text() == "{}"
 
@@ -86,8 +86,8 @@ def test_what_lies_elsewhere_is_linked_and_left_alone(tmp_path: Path) -> None:
 def test_archives_are_unpacked_as_they_come(tmp_path: Path) -> None:
     zipped(tmp_path / "set.zip", in__a="1", in__pictures__x__0="2", in__pictures__y="3", in__picturesque="4")
     original = Original(["a", "pictures"], ZIP, inside="in")
-    said = place(original, tmp_path, tmp_path / "root", exact=True)
-    assert said == [f"{tmp_path}/root/{name} unpacked from {tmp_path}/set.zip" for name in ("a", "pictures")]
+    said = list(place(original, tmp_path, tmp_path / "root", exact=True))
+    assert said == [f"{tmp_path}/root/{name}: out of {tmp_path}/set.zip" for name in ("a", "pictures")]
     files = sorted(path for path in (tmp_path / "root").rglob("*") if path.is_file())
     assert [str(path.relative_to(tmp_path / "root")) for path in files] == ["a", "pictures/x/0", "pictures/y"]
     assert [path.read_text() for path in files] == ["1", "2", "3"]
@@ -128,7 +128,7 @@ def test_a_download_is_compared_with_the_published_one(tmp_path: Path) -> None:
         ),
     ):
         with pytest.raises(UserError, match=said):
-            place(other, tmp_path, tmp_path / "root", exact=True)
+            list(place(other, tmp_path, tmp_path / "root", exact=True))
         assert not (tmp_path / "root").exists()
-    place(other, tmp_path, tmp_path / "root", exact=False)
+    list(place(other, tmp_path, tmp_path / "root", exact=False))
     assert (tmp_path / "root/a").read_text() == "1"

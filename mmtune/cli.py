@@ -227,13 +227,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("destination", type=Path, metavar="DST", help="the folder to write; not there yet")
     export.add_argument(
-        "--to", choices=["merged"], required=True, help="merged: adapters in the weights, nothing in 4 bits"
+        "--to",
+        choices=["merged", "llava-hf"],
+        required=True,
+        help="merged: adapters in the weights, nothing in 4 bits; llava-hf: for transformers and vLLM",
     )
     export.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
-        default="float32",
-        help="of the merged weights (default: float32, since bfloat16 rounds most of a small update away)",
+        help="of the merged weights (default: float32, since bfloat16 rounds most of a small update away); "
+        "with llava-hf of every weight (default: what is not merged stays as it is)",
     )
     export.set_defaults(run=_export)
 
@@ -549,13 +552,19 @@ def _import(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from mmtune.interop.comparison import Compared, print_compared
-    from mmtune.interop.merged import export_merged
 
-    made = export_merged(options.folder, options.destination, options.dtype)
+    if options.to == "llava-hf":
+        from mmtune.interop.llava_hf_export import export_llava_hf
+
+        made = export_llava_hf(options.folder, options.destination, options.dtype)
+    else:
+        from mmtune.interop.merged import export_merged
+
+        made = export_merged(options.folder, options.destination, options.dtype or "float32")
     print_compared([Compared(**row) for row in made["comparison"]], _console())
-    if made["dequantized"]:
+    if made.get("dequantized"):
         print(f"The base was held in {made['dequantized']}; it is dequantised: the same values, unpacked.")
-    if made["update_lost_to_rounding"] > 0.01:
+    if made.get("update_lost_to_rounding", 0) > 0.01:
         lost = made["update_lost_to_rounding"]
         print(f"Of the update {lost:.0%} is lost to rounding; --dtype float32 keeps it.")
     print(f"written: {options.destination}")

@@ -97,6 +97,14 @@ def chat_format(tokenizer: PreTrainedTokenizerBase, template: str | None, where:
     )
 
 
+def taking_lists(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """The template, made to take a message that is a list of pictures and texts where it took texts alone."""
+    parts = [{"type": "image"}, {"type": "text", "text": "What is shown here?"}]
+    as_text = render(tokenizer, template, [{"role": "user", "content": f"{IMAGE}\nWhat is shown here?"}])
+    as_list = render(tokenizer, template, [{"role": "user", "content": parts}])
+    return template if as_list == as_text else TAKES_LISTS + template
+
+
 def taking_text(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     """The template, made to take a message that is a text where it took lists alone."""
     said = render(tokenizer, template, [{"role": "user", "content": "What is shown here?"}])

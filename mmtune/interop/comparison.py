@@ -33,6 +33,7 @@ CONVERSATIONS = (
 class Compared:
     """The largest difference of two models' logits, as such and as a part of the largest logit; and at how
     many of the positions both find the same token likeliest. tolerance: of the relative one; None: any.
+    Likewise of their inputs: ids, of which some differ or none, and pixels, of which some are the same.
     """
 
     what: str
@@ -50,17 +51,23 @@ def probe(model: VisionLanguageModel) -> Batch:
     """Conversations without, with one and with two pictures, as the model's own tokenizer and transform have
     them; the pictures are squares of colours drawn from a seed.
     """
-    generator = np.random.default_rng(0)
-    rows, pictures = [], []
-    for question, answer in CONVERSATIONS:
-        rows.append(model.chat.encode([Turn("user", question), Turn("assistant", answer)])[0])
-        for _ in range(question.count(IMAGE)):
-            squares = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-            picture = Image.fromarray(squares).resize((320, 240), Image.Resampling.NEAREST)
-            pictures.append(model.transform(picture))
+    rows = [
+        model.chat.encode([Turn("user", question), Turn("assistant", answer)])[0]
+        for question, answer in CONVERSATIONS
+    ]
     batch = pad(rows, model.language.pad_id, left=False)
-    batch.images = torch.from_numpy(np.stack(pictures))
+    batch.images = torch.from_numpy(np.stack([model.transform(picture) for picture in pictures()]))
     return batch
+
+
+def pictures() -> list[Image.Image]:
+    """Those of the probe, in the order of its conversations: 320 x 240, squares of colours from a seed."""
+    generator = np.random.default_rng(0)
+    made = []
+    for _ in range(sum(question.count(IMAGE) for question, _ in CONVERSATIONS)):
+        squares = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        made.append(Image.fromarray(squares).resize((320, 240), Image.Resampling.NEAREST))
+    return made
 
 
 @torch.no_grad()
@@ -78,11 +85,11 @@ def compare(what: str, before: torch.Tensor, after: torch.Tensor, tolerance: flo
     return Compared(what, largest, largest / float(before.abs().max()), same_token, len(before), tolerance)
 
 
-def refuse_unlike(compared: Compared, where: str) -> None:
+def refuse_unlike(compared: Compared, where: str, what: str = "the logits") -> None:
     """Raises UserError where the difference is above the tolerance, or no number."""
     if compared.tolerance is not None and not compared.relative <= compared.tolerance:
         raise UserError(
-            f"{compared.what}: the logits differ by {compared.relative:.1e} of the largest, more than "
+            f"{compared.what}: {what} differ by {compared.relative:.1e} of the largest, more than "
             f"{compared.tolerance:.0e}; nothing was written",
             where=where,
             mend="Is the model whole? If mmtune eval scores it well, this is a fault of mmtune's.",
@@ -91,8 +98,8 @@ def refuse_unlike(compared: Compared, where: str) -> None:
 
 def print_compared(rows: Sequence[Compared], console: Console) -> None:
     """A line per comparison."""
-    table = Table(title="Logits on a fixed probe", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in ("", "largest difference", "relative", "allowed", "same greedy token"):
+    table = Table(title="On a fixed probe", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("", "largest difference", "relative", "allowed", "the same token"):
         table.add_column(heading, justify="right" if heading else "left")
     for row in rows:
         allowed = "any" if row.tolerance is None else f"{row.tolerance:.0e}"

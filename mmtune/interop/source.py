@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,7 +111,7 @@ class Source:
         """Writes a model folder of its own, every tensor as it is in its file."""
         write_tensors(folder / "vision", self.tensors["vision"])
         self.vision.architectures = ["CLIPVisionModel"]
-        self.vision.dtype = _dtype(self.tensors["vision"])
+        self.vision.dtype = widest(self.tensors["vision"])
         self.vision.save_pretrained(folder / "vision")
         side = self.vision.image_size
         preprocessor = {
@@ -129,7 +130,7 @@ class Source:
         write_tensors(folder / "language", self.tensors["language"])
         causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.language)]
         self.language.architectures = [causal.__name__]
-        self.language.dtype = _dtype(self.tensors["language"])
+        self.language.dtype = widest(self.tensors["language"])
         self.language.save_pretrained(folder / "language")
         self.tokenizer.save_pretrained(folder / "language")
         for file in self.files:
@@ -150,10 +151,7 @@ class Source:
         write_options(folder, options, ["language"] if self.adapter else [])
 
 
-def _dtype(tensors: dict[str, Stored]) -> torch.dtype:
-    """The one that holds them all."""
+def widest(tensors: dict[str, Stored]) -> torch.dtype:
+    """The floating-point type that holds what all of them hold."""
     found = [stored.outline.dtype for stored in tensors.values() if stored.outline.is_floating_point()]
-    widest = found[0]
-    for dtype in found:
-        widest = torch.promote_types(widest, dtype)
-    return widest
+    return reduce(torch.promote_types, found)

@@ -21,7 +21,7 @@ from mmtune.interop.importing import import_model
 from mmtune.interop.source import Wanted
 from mmtune.parts.model import VisionLanguageModel
 from tests import tiny_models as tiny
-from tests.tiny_llava import save_llava_hf
+from tests.tiny_llava import answers, compared, save_llava_hf
 
 OLD = {"vision_tower.": "vision_tower.vision_model."}  # transformers 4.x
 MEMORY = {
@@ -38,42 +38,6 @@ def rename(folder: Path, prefixes: dict[str, str]) -> None:
     for old, new in prefixes.items():
         held = {new + name.removeprefix(old) if name.startswith(old) else name: t for name, t in held.items()}
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def compared(model: VisionLanguageModel, theirs: Any, pictures: list[int], left: bool) -> float:
-    """The largest difference of logits as a part of the largest logit."""
-    batch = tiny.batch(pictures, left=left)
-    pixels = model.vision.normalise(batch.images, torch.float32) if len(batch.images) else None
-    ids = batch.input_ids.masked_fill(batch.input_ids == IMAGE_ID, theirs.config.image_token_index)
-    mask = batch.attention_mask.bool()
-    with torch.no_grad():
-        expected = theirs(input_ids=ids, attention_mask=batch.attention_mask, pixel_values=pixels).logits[
-            mask
-        ]
-        hidden = model.language.hidden(model.splice(batch), batch.attention_mask)
-        found = model.language.logits(hidden[mask])
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
-def answers(model: VisionLanguageModel, theirs: Any, pictures: list[int]) -> tuple[list[Any], list[Any]]:
-    """Greedy ids of 20 tokens, mmtune's and transformers'; each ends with its end token."""
-    batch = tiny.batch(pictures, left=True)
-    pixels = {"pixel_values": model.vision.normalise(batch.images, torch.float32)} if any(pictures) else {}
-    ids = batch.input_ids.masked_fill(batch.input_ids == IMAGE_ID, theirs.config.image_token_index)
-    made = theirs.generate(
-        input_ids=ids,
-        attention_mask=batch.attention_mask,
-        **pixels,
-        max_new_tokens=20,
-        do_sample=False,
-        eos_token_id=model.end_ids,
-        pad_token_id=0,
-    )
-    expected = []
-    for row in made[:, ids.shape[1] :].tolist():
-        end = next((i for i, token in enumerate(row) if token in model.end_ids), len(row))
-        expected.append(row[:end])
-    return model.generate(batch, 20), expected
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])

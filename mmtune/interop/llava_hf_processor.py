@@ -62,7 +62,7 @@ def write_processor(model: VisionLanguageModel, folder: Path) -> int:
         "vision_feature_select_strategy": "default",
     }
     write_json(folder / "processor_config.json", processor)
-    return int(tokenizer.convert_tokens_to_ids(IMAGE))
+    return tokenizer.get_vocab()[IMAGE]
 
 
 def prompts(model: VisionLanguageModel) -> list[list[int]]:

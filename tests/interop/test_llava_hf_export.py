@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
 from mmtune.cli import main
 from mmtune.core.errors import UserError
@@ -154,7 +154,7 @@ def test_ids_are_ours_for_every_kind_of_tokenizer(
     ids = next(row for row in made["comparison"] if row["what"].startswith("ids"))
     assert ids["largest"] == 0 and ids["positions"] > 190
     config = LlavaConfig.from_pretrained(tmp_path / "out")
-    assert config.image_token_index == len(tokenizer)  # type: ignore[attr-defined]
+    assert config.image_token_index == len(tokenizer)
     text: Any = config.text_config
     assert text.vocab_size % 64 == 0 and text.vocab_size > len(tokenizer)
     held = load_file(tmp_path / "out/model.safetensors")
@@ -165,7 +165,7 @@ def test_ids_are_ours_for_every_kind_of_tokenizer(
         torch.testing.assert_close(weight[old:], mean.expand(len(weight) - old, -1))
     batch = tiny.batch([1, 0, 2])
     llava = theirs(tmp_path / "out")
-    ids_in = batch.input_ids.masked_fill(batch.input_ids < 0, config.image_token_index)  # type: ignore[attr-defined]
+    ids_in = batch.input_ids.masked_fill(batch.input_ids < 0, config.image_token_index)
     pixels = torch.randn(3, 3, tiny.SIZE, tiny.SIZE)
     found = llava(input_ids=ids_in, attention_mask=batch.attention_mask, pixel_values=pixels).logits
     assert int(found.argmax(-1).max()) < len(tokenizer)
@@ -180,13 +180,13 @@ def test_a_free_row_is_taken(tmp_path: Path, make_tokenizer: MakeTokenizer) -> N
 
 def test_vicunas_prompt_has_its_system_line(tmp_path: Path, make_tokenizer: MakeTokenizer) -> None:
     export_llava_hf(vicuna(tmp_path, make_tokenizer("llama_always"), "vicuna_v1", 0), tmp_path / "out")
-    processor: LlavaProcessor = AutoProcessor.from_pretrained(tmp_path / "out")
-    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    asked: Any = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
     assert processor.apply_chat_template(asked, add_generation_prompt=True) == (
         "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives "
         "helpful, detailed, and polite answers to the user's questions. USER: <image>\nWhat? ASSISTANT:"
     )
-    more = [
+    more: Any = [
         {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
         {"role": "user", "content": "What?"},
         {"role": "assistant", "content": "A cat."},

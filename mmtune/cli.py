@@ -228,15 +228,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("destination", type=Path, metavar="DST", help="the folder to write; not there yet")
     export.add_argument(
         "--to",
-        choices=["merged", "llava-hf"],
+        choices=["merged", "llava-hf", "llava"],
         required=True,
-        help="merged: adapters in the weights, nothing in 4 bits; llava-hf: for transformers and vLLM",
+        help="merged: adapters in the weights, nothing in 4 bits; llava-hf: for transformers and vLLM; "
+        "llava: for the original LLaVA-1.5",
     )
     export.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
         help="of the merged weights (default: float32, since bfloat16 rounds most of a small update away); "
-        "with llava-hf of every weight (default: what is not merged stays as it is)",
+        "with llava-hf and llava of every weight (default: what is not merged stays as it is)",
     )
     export.set_defaults(run=_export)
 
@@ -557,6 +558,10 @@ def _export(options: argparse.Namespace) -> None:
         from mmtune.interop.llava_hf_export import export_llava_hf
 
         made = export_llava_hf(options.folder, options.destination, options.dtype)
+    elif options.to == "llava":
+        from mmtune.interop.llava_export import export_llava
+
+        made = export_llava(options.folder, options.destination, options.dtype)
     else:
         from mmtune.interop.merged import export_merged
 
@@ -567,6 +572,8 @@ def _export(options: argparse.Namespace) -> None:
     if made.get("update_lost_to_rounding", 0) > 0.01:
         lost = made["update_lost_to_rounding"]
         print(f"Of the update {lost:.0%} is lost to rounding; --dtype float32 keeps it.")
+    for note in made.get("notes", []):
+        print(note)
     print(f"written: {options.destination}")
 
 

@@ -65,7 +65,7 @@ def read(folder: Path, wanted: Wanted) -> Source:
         f"vision: {'the tower that lies in the model; all but its tensors from ' if tuned else ''}{name}"
     ]
     if not tuned:
-        tensors["vision"] = _tower(tower)
+        tensors["vision"] = tower_tensors(tower)
     with refusals(where):
         language = LlamaConfig(**_language_fields(config))
     mean, std = _normalisation(tower)
@@ -81,7 +81,7 @@ def read(folder: Path, wanted: Wanted) -> Source:
         language,
         config.get("mm_projector_type", "linear"),
         tensors,
-        _tokenizer(base),
+        _tokenizer(base, language),
         config["mm_vision_select_layer"],
         mean,
         std,
@@ -247,7 +247,7 @@ def _language_fields(config: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _tokenizer(base: Path) -> PreTrainedTokenizerBase:
+def _tokenizer(base: Path, config: LlamaConfig) -> PreTrainedTokenizerBase:
     """Raises UserError where a SentencePiece model is all there is, and nothing is installed to read it."""
     lacking = [name for name in ("sentencepiece", "google.protobuf") if find_spec(name) is None]
     if lacking and not (base / "tokenizer.json").is_file():
@@ -256,7 +256,7 @@ def _tokenizer(base: Path) -> PreTrainedTokenizerBase:
             where=base,
             mend="pip install 'mmtune[llava]'",
         )
-    return load_tokenizer(str(base))
+    return load_tokenizer(str(base), config)
 
 
 def _vision_config(tower: Path) -> CLIPVisionConfig:
@@ -268,8 +268,8 @@ def _vision_config(tower: Path) -> CLIPVisionConfig:
     return config
 
 
-def _tower(folder: Path) -> dict[str, Stored]:
-    """The tensors of a CLIPVisionModel, also out of a whole CLIP, by the names transformers 5 gives them."""
+def tower_tensors(folder: Path) -> dict[str, Stored]:
+    """Of a CLIPVisionModel, also out of a whole CLIP, by the names transformers 5 gives them."""
     stored = checkpoint(folder)
     inside = {n.removeprefix("vision_model."): t for n, t in stored.items() if n.startswith("vision_model.")}
     return inside or stored

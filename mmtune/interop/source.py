@@ -152,6 +152,6 @@ class Source:
 
 
 def widest(tensors: dict[str, Stored]) -> torch.dtype:
-    """The floating-point type that holds what all of them hold."""
-    found = [stored.outline.dtype for stored in tensors.values() if stored.outline.is_floating_point()]
-    return reduce(torch.promote_types, found)
+    """The floating-point type that holds what all of them hold, buffers apart."""
+    weights = [stored.outline for name, stored in tensors.items() if not name.endswith(_BUFFERS)]
+    return reduce(torch.promote_types, [each.dtype for each in weights if each.is_floating_point()])

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from mmtune.core.errors import UserError
 from mmtune.parts.loading import (
@@ -86,6 +93,10 @@ class LanguageModel(nn.Module):
         """Writes model and tokenizer as transformers does. tensors: in place of the model's own."""
         self.hf.save_pretrained(folder, state_dict=own_weights(self.hf, tensors))
         self.tokenizer.save_pretrained(folder)
+        pieces = Path(getattr(self.tokenizer, "vocab_file", None) or "")
+        if pieces.name == "tokenizer.model" and pieces.is_file():
+            # transformers 5 leaves it out; loaders built on 4.x, such as LLaVA's, read nothing else.
+            shutil.copyfile(pieces, folder / pieces.name)
 
     def dequantize(self) -> None:
         """Holds quantised layers as plain fp32 ones of the same values from now on."""
@@ -142,10 +153,12 @@ class LanguageModel(nn.Module):
         return logits
 
 
-def load_tokenizer(where: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name. Raises UserError where there is none."""
+def load_tokenizer(where: str, config: PretrainedConfig | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name. config: of its language model, where the folder's own is none of
+    transformers'. Raises UserError where there is no tokenizer.
+    """
     try:
-        return AutoTokenizer.from_pretrained(where)
+        return AutoTokenizer.from_pretrained(where, config=config)
     except Exception as error:  # a broken tokenizer.json makes tokenizers raise nothing narrower
         said = " ".join(str(error).split())[:300]
         raise UserError(

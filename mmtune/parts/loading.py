@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from logging import ERROR, getLogger
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ _NOWHERE = "There is no such folder, and no such model on the hub."
 
 
 def from_pretrained(cls: Any, weights: str, **options: Any) -> Any:
-    """`cls.from_pretrained` with safetensors only.
+    """`cls.from_pretrained` of safetensors or, where there are none, of .bin files, read as tensors alone.
 
     Raises UserError where the folder is missing or broken, or a weight is missing or has another shape.
     Weights in the file that the model has no use for (a CLIP text tower, layers above the one that is
@@ -41,10 +42,16 @@ def from_pretrained(cls: Any, weights: str, **options: Any) -> Any:
     logging.set_verbosity_error()
     try:
         model, report = cls.from_pretrained(
-            weights, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            weights, weights_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise _unloadable(weights, error) from None
+    except UnpicklingError:  # its message advises to trust the file
+        raise UserError(
+            "a .bin file that is broken or holds more than tensors, which is not loaded",
+            where=weights,
+            mend="Copy the folder anew, or take one with safetensors.",
+        ) from None
     finally:
         logging.set_verbosity(before)
     require_weights(report["missing_keys"], (str(entry[0]) for entry in report["mismatched_keys"]), weights)
@@ -165,8 +172,10 @@ def torch_dtype(name: str) -> torch.dtype:
 def _outline(cls: Any, weights: str, config: PretrainedConfig | None) -> Any:
     folder = Path(weights)
     files = sorted(folder.glob("*.safetensors"))
-    if folder.is_dir() and not files:
-        raise UserError("no file of weights, *.safetensors, in this folder", where=weights)
+    if folder.is_dir() and not files and not any(folder.glob("pytorch_model*.bin")):
+        raise UserError(
+            "no file of weights, *.safetensors or pytorch_model*.bin, in this folder", where=weights
+        )
     for file in files:
         try:
             with safe_open(file, "pt"):  # reads the header, which says how long the file has to be

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mmtune.core.errors import UserError
@@ -152,3 +154,29 @@ def test_saved_and_loaded_bit_for_bit(tmp_path: Path, tied: bool) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert again.tokenizer.get_vocab() == language.tokenizer.get_vocab()
     assert again.tokenizer.chat_template == language.tokenizer.chat_template
+
+
+class Touches:
+    """What a pickle may do to a machine that loads it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, int]]:
+        return os.open, (str(self.path), os.O_CREAT)
+
+
+def test_bin_files_are_read_as_tensors_alone(tmp_path: Path) -> None:
+    weights = save_language(tmp_path / "lm")
+    kept = load_file(tmp_path / "lm/model.safetensors")
+    (tmp_path / "lm/model.safetensors").unlink()
+    torch.save(kept, tmp_path / "lm/pytorch_model.bin")
+    found = LanguageModel.load(weights, None, FP32).hf.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in kept.items())
+    with torch.device("meta"):
+        LanguageModel.load(weights, None, FP32)
+
+    torch.save({**kept, "lm_head.weight": Touches(tmp_path / "ran")}, tmp_path / "lm/pytorch_model.bin")
+    with pytest.raises(UserError, match="broken or holds more than tensors"):
+        LanguageModel.load(weights, None, FP32)
+    assert not (tmp_path / "ran").exists()

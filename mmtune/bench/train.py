@@ -180,7 +180,7 @@ class _Run:
         self.tuners: dict[str, Tuner] = {"vision": FrozenTuner(), **_tuners(options, name)}
         rows = [row for part in PARTS for row in self.tuners[part].attach(self.model, part)]
         if options.activation_checkpointing:
-            core.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            self.model.language.checkpoint_activations()
         for tuner in self.tuners.values():
             tuner.start(_prune_step(options) + options.steps + 1, seed=0)
         rates = {row.part: row.lr for row in rows if row.lr is not None}

@@ -24,6 +24,7 @@ from mmtune.parts.loading import (
     load_config,
     new_config,
     own_weights,
+    recompute_activations,
     refusals,
     split_layers,
 )
@@ -109,7 +110,7 @@ class LanguageModel(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """From now on a block keeps its input alone and runs again in the backward pass."""
-        self.hf.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(self.hf)
 
     def attend_by(self, implementation: str) -> None:
         """Chooses how attention is computed: `sdpa` or `eager`."""

@@ -164,6 +164,13 @@ def split_layers(hf: Any) -> list[nn.Module]:
     return [module for module in hf.modules() if type(module).__name__ in names]
 
 
+def recompute_activations(hf: Any) -> None:
+    """Lets a model of transformers recompute each layer in the backward pass, non-reentrant."""
+    # The second name goes with transformers 6, the first came after 5.17.
+    enable = getattr(hf, "activation_checkpointing_enable", None) or hf.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """float32 or bfloat16 by name."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mmtune.core.errors import UserError
-from mmtune.parts.loading import split_layers
+from mmtune.parts.loading import recompute_activations, split_layers
 
 
 class VisionTower(nn.Module):
@@ -54,7 +54,7 @@ class VisionTower(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """From now on a block keeps its input alone and runs again in the backward pass."""
-        self.hf.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(self.hf)
 
     def attend_by(self, implementation: str) -> None:
         """Chooses how attention is computed: `sdpa` or `eager`."""

@@ -228,10 +228,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("destination", type=Path, metavar="DST", help="the folder to write; not there yet")
     export.add_argument(
         "--to",
-        choices=["merged", "llava-hf", "llava"],
+        choices=["merged", "llava-hf", "llava", "peft"],
         required=True,
         help="merged: adapters in the weights, nothing in 4 bits; llava-hf: for transformers and vLLM; "
-        "llava: for the original LLaVA-1.5",
+        "llava: for the original LLaVA-1.5; peft: the language model's adapter alone",
+    )
+    export.add_argument(
+        "--for",
+        dest="target",
+        choices=["llava-hf"],
+        help="with --to peft: the adapter loads on transformers' LlavaForConditionalGeneration",
     )
     export.add_argument(
         "--dtype",
@@ -554,7 +560,15 @@ def _import(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from mmtune.interop.comparison import Compared, print_compared
 
-    if options.to == "llava-hf":
+    if options.to == "peft":
+        from mmtune.interop.peft_export import export_peft
+
+        if options.dtype:
+            raise UserError("--dtype is for --to merged and --to llava-hf; an adapter stays as it is")
+        made = export_peft(options.folder, options.destination, options.target == "llava-hf")
+    elif options.target:
+        raise UserError("--for is for --to peft alone")
+    elif options.to == "llava-hf":
         from mmtune.interop.llava_hf_export import export_llava_hf
 
         made = export_llava_hf(options.folder, options.destination, options.dtype)
@@ -567,6 +581,8 @@ def _export(options: argparse.Namespace) -> None:
 
         made = export_merged(options.folder, options.destination, options.dtype or "float32")
     print_compared([Compared(**row) for row in made["comparison"]], _console())
+    for note in made.get("notes", ()):
+        print(note)
     if made.get("dequantized"):
         print(f"The base was held in {made['dequantized']}; it is dequantised: the same values, unpacked.")
     if made.get("update_lost_to_rounding", 0) > 0.01:

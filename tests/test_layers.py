@@ -49,7 +49,7 @@ training.probe training.loop training.check
 interop.lmms_eval interop.comparison interop.merged
 interop.weights interop.source interop.chat_templates interop.llava_hf
 interop.llava_forward interop.llava interop.importing
-interop.llava_hf_processor interop.llava_hf_export interop.llava_export
+interop.llava_hf_processor interop.llava_hf_export interop.llava_export interop.peft_export
 experiments.estimate experiments.sweep
 bench.generate bench.score bench.penalty bench.train
 cli __main__

@@ -102,15 +102,19 @@ def unfitting(config: LlavaConfig) -> list[tuple[str, str]]:
     return found
 
 
-@torch.no_grad()
 def own_logits(folder: Path, batch: Batch, pixels: torch.Tensor) -> torch.Tensor:
     """Logits of transformers' class on a llava-hf folder, in fp32: [n, vocabulary] on the CPU, at each
     position of the batch that is no padding. pixels: [N, 3, S, S], normalised.
     """
-    device = best_device()
     model: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    model = model.to(device).eval()
-    ids = batch.input_ids.masked_fill(batch.input_ids == IMAGE_ID, model.config.image_token_index)
+    return class_logits(model.to(best_device()).eval(), model.config.image_token_index, batch, pixels)
+
+
+@torch.no_grad()
+def class_logits(model: Any, image: int, batch: Batch, pixels: torch.Tensor) -> torch.Tensor:
+    """As `own_logits`, of a model in memory, also with peft's around it. image: the id of a picture."""
+    device = next(model.parameters()).device
+    ids = batch.input_ids.masked_fill(batch.input_ids == IMAGE_ID, image)
     mask = batch.attention_mask
     made = model(input_ids=ids.to(device), attention_mask=mask.to(device), pixel_values=pixels.to(device))
     return made.logits[mask.bool().to(device)].float().cpu()

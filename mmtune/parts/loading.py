@@ -101,7 +101,7 @@ def _whole_adapter(folder: Path) -> Iterator[None]:
             # What the file lacks, peft leaves at its start with a warning.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             yield
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, Warning) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, Warning) as error:
         said = " ".join(str(error).split())[:300]
         raise UserError(f"the adapter cannot be loaded: {said}", where=folder, mend=mend) from None
 

@@ -560,14 +560,14 @@ def _import(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from mmtune.interop.comparison import Compared, print_compared
 
+    if options.target and options.to != "peft":
+        raise UserError(f"--for does not go with --to {options.to}", mend="It goes with --to peft.")
+    if options.dtype and options.to == "peft":
+        raise UserError("--dtype does not go with --to peft: an adapter stays as it is")
     if options.to == "peft":
         from mmtune.interop.peft_export import export_peft
 
-        if options.dtype:
-            raise UserError("--dtype is for --to merged and --to llava-hf; an adapter stays as it is")
         made = export_peft(options.folder, options.destination, options.target == "llava-hf")
-    elif options.target:
-        raise UserError("--for is for --to peft alone")
     elif options.to == "llava-hf":
         from mmtune.interop.llava_hf_export import export_llava_hf
 
@@ -581,8 +581,6 @@ def _export(options: argparse.Namespace) -> None:
 
         made = export_merged(options.folder, options.destination, options.dtype or "float32")
     print_compared([Compared(**row) for row in made["comparison"]], _console())
-    for note in made.get("notes", ()):
-        print(note)
     if made.get("dequantized"):
         print(f"The base was held in {made['dequantized']}; it is dequantised: the same values, unpacked.")
     if made.get("update_lost_to_rounding", 0) > 0.01:

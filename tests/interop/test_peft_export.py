@@ -162,4 +162,4 @@ def test_what_an_adapter_cannot_hold(tmp_path: Path, base: Path, capsys: pytest.
     export_peft(folder, tmp_path / "alone")
     for flags in (["--to", "merged", "--for", "llava-hf"], ["--to", "peft", "--dtype", "bfloat16"]):
         assert main(["export", str(folder), str(tmp_path / "out"), *flags]) == 2
-    assert "--dtype is for" in capsys.readouterr().err
+    assert "--dtype does not go with --to peft" in capsys.readouterr().err

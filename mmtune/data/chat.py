@@ -243,7 +243,7 @@ class Chat:
             if isinstance(atom, int):
                 add(self._ids(text, start), text_supervised)
                 add([atom] * (self.image_tokens if atom == IMAGE_ID else 1), supervised)
-                text, start = "", "special"
+                text, start = "", self._after(atom)
                 continue
             if not atom:
                 continue
@@ -272,16 +272,23 @@ class Chat:
                     yield IMAGE_ID, False
                     swallowed = False
 
+    def _after(self, atom: int) -> str:
+        """LLaVA gives its tokenizer the text between pictures `chunk` by chunk, BOS before the first.
+
+        Within a chunk the end token is a special token as in any text.
+        """
+        apart = atom == IMAGE_ID or atom == self.tokenizer.bos_token_id
+        return "chunk" if apart and self.format != "template" else "special"
+
     def _ids(self, text: str, start: str) -> list[int]:
-        """Ids of a stretch that stands where the whole text starts (`text`), after a special token or a
-        picture (`special`), or right behind other text (`middle`).
+        """Ids of a stretch that stands where the whole text starts (`text`), or a chunk of LLaVA's (`chunk`),
+        after a special token or a picture (`special`), or right behind other text (`middle`).
         """
         if not text:
             return []
         if not self._dummy_space:
             return self._raw(text)
-        if self.format == "vicuna_v1" and start != "middle":
-            # LLaVA's tokenizer adds the dummy space to each stretch, also to one that starts with a space.
+        if start == "chunk":  # the dummy space also comes before a space, unlike in some conversions
             return self._continued(" " + text)
         if start == "middle" or (start == "special" and not self._dummy_after_special):
             return self._continued(text)

@@ -9,12 +9,11 @@ and `model.vision_tower.vision_tower` where the tower was tuned; config.json nam
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import CLIPConfig, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerBase
+from transformers import CLIPConfig, CLIPVisionConfig, LlamaConfig
 
 from mmtune.core.errors import Fault, UserError
 from mmtune.core.files import read_json
@@ -81,7 +80,7 @@ def read(folder: Path, wanted: Wanted) -> Source:
         language,
         config.get("mm_projector_type", "linear"),
         tensors,
-        _tokenizer(base, language),
+        load_tokenizer(str(base), language),
         config["mm_vision_select_layer"],
         mean,
         std,
@@ -245,18 +244,6 @@ def _language_fields(config: dict[str, Any]) -> dict[str, Any]:
     if fields.get("rope_scaling", "") is None:
         del fields["rope_scaling"]  # the name is on its way out of transformers, which warns of it
     return fields
-
-
-def _tokenizer(base: Path, config: LlamaConfig) -> PreTrainedTokenizerBase:
-    """Raises UserError where a SentencePiece model is all there is, and nothing is installed to read it."""
-    lacking = [name for name in ("sentencepiece", "google.protobuf") if find_spec(name) is None]
-    if lacking and not (base / "tokenizer.json").is_file():
-        raise UserError(
-            f"its tokenizer is a SentencePiece model, and {' and '.join(lacking)} is not installed",
-            where=base,
-            mend="pip install 'mmtune[llava]'",
-        )
-    return load_tokenizer(str(base), config)
 
 
 def _vision_config(tower: Path) -> CLIPVisionConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,13 @@ class LanguageModel(nn.Module):
 
 def load_tokenizer(where: str, config: PretrainedConfig | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name. config: of its language model, where the folder's own is none of
-    transformers'. Raises UserError where there is no tokenizer.
+    transformers'. Raises UserError where there is no tokenizer, or nothing installed that reads it.
     """
+    files = {file.name for file in Path(where).glob("tokenizer.*")}
+    lacking = [package for package in ("sentencepiece", "protobuf") if not _installed(package)]
+    if lacking and "tokenizer.model" in files and "tokenizer.json" not in files:
+        what = f"its tokenizer is a SentencePiece model, and {' and '.join(lacking)} is not installed"
+        raise UserError(what, where=where, mend="pip install 'mmtune[llava]'")
     try:
         return AutoTokenizer.from_pretrained(where, config=config)
     except Exception as error:  # a broken tokenizer.json makes tokenizers raise nothing narrower
@@ -165,3 +171,10 @@ def load_tokenizer(where: str, config: PretrainedConfig | None = None) -> PreTra
         raise UserError(
             f"no tokenizer can be loaded: {said}", where=where, mend="Name a folder or model that has one."
         ) from None
+
+
+def _installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False

@@ -210,10 +210,11 @@ def llava_ids(tokenizer: Any, turns: list[Turn]) -> list[int]:
     """LLaVA-1.5's tokenisation, restated from its published behaviour.
 
     The conversation is written as one text with the separators " " and "</s>", split at `<image>`, and
-    each chunk is given to the slow Llama tokenizer: BOS, then for each stretch between special tokens the
-    SentencePiece ids of the stretch with a dummy space before it. The first chunk's BOS is kept, the
-    others' are dropped.
+    each chunk is given to the slow Llama tokenizer: BOS, then the SentencePiece ids of each stretch between
+    special tokens, with a dummy space before the first, and, where the tokenizer is a `legacy` one, before
+    the others. The first chunk's BOS is kept, the others' are dropped.
     """
+    legacy = tokenizer.tokenize("</s>x")[1:] == tokenizer.tokenize("x")
     system = VICUNA_SYSTEM
     if turns[0].role == "system":
         system, turns = turns[0].text, turns[1:]
@@ -228,14 +229,14 @@ def llava_ids(tokenizer: Any, turns: list[Turn]) -> list[int]:
             if j:
                 ids.append(tokenizer.eos_token_id)
             if stretch:
-                ids += _sentencepiece(tokenizer, stretch)
+                ids += _sentencepiece(tokenizer, stretch, dummy=legacy or j == 0)
     return ids
 
 
-def _sentencepiece(tokenizer: Any, text: str) -> list[int]:
-    """The bare BPE model on the text with its dummy space; pretokeniser and normaliser left aside."""
+def _sentencepiece(tokenizer: Any, text: str, dummy: bool = True) -> list[int]:
+    """The bare BPE model on the text, with its dummy space or without; pretokeniser and normaliser left aside."""
     model = tokenizer.backend_tokenizer.model
-    return [token.id for token in model.tokenize("\u2581" + text.replace(" ", "\u2581"))]
+    return [token.id for token in model.tokenize("\u2581" * dummy + text.replace(" ", "\u2581"))]
 
 
 @pytest.fixture(scope="module", params=FAMILIES[1:])

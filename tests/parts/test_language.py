@@ -180,3 +180,14 @@ def test_bin_files_are_read_as_tensors_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="broken or holds more than tensors"):
         LanguageModel.load(weights, None, FP32)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_sentencepiece_model_without_the_packages_that_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    monkeypatch.setattr("mmtune.parts.language._installed", lambda package: package != "protobuf")
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(str(tmp_path))
+    assert "SentencePiece model, and protobuf is not installed" in caught.value.faults[0].what
+    assert "mmtune[llava]" in caught.value.faults[0].mend

@@ -234,7 +234,7 @@ def llava_ids(tokenizer: Any, turns: list[Turn]) -> list[int]:
 
 
 def _sentencepiece(tokenizer: Any, text: str, dummy: bool = True) -> list[int]:
-    """The bare BPE model on the text, with its dummy space or without; pretokeniser and normaliser left aside."""
+    """The bare BPE model on the text, with its dummy space or without; what stands before it left aside."""
     model = tokenizer.backend_tokenizer.model
     return [token.id for token in model.tokenize("\u2581" * dummy + text.replace(" ", "\u2581"))]
 

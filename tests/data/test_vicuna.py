@@ -131,7 +131,9 @@ def _turns(said: list[str]) -> list[Turn]:
 
 
 def _read(vector: str, tokenizer: Any) -> tuple[list[int], list[int]]:
-    ids, labels, supervised = [], [], False
+    ids: list[int] = []
+    labels: list[int] = []
+    supervised = False
     for piece in (SYSTEM + vector).split():
         if piece in "[]":
             supervised = piece == "["
@@ -170,7 +172,7 @@ def test_plain_is_one_chunk_after_the_picture(chat: Chat) -> None:
 @pytest.fixture(scope="module")
 def processors(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """The model as it was trained, which puts a space before a text, and one that does not."""
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(trained.read_bytes())
     proto.normalizer_spec.add_dummy_prefix = False
     bare = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())

@@ -81,6 +81,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="how many pictures are decoded, spread over all of them (default: 1000); all have to exist",
     )
+    check.add_argument(
+        "--shapes",
+        action="store_true",
+        help="from configs alone, of folders or known models: no weights, no tokenizer, no data",
+    )
+    check.add_argument(
+        "--processes",
+        type=_positive,
+        metavar="N",
+        help="the memory table is for so many (default: 1 for the engine single, else 4)",
+    )
+    check.add_argument(
+        "--gpu_memory", type=_positive, default=24, metavar="GIB", help="of each GPU (default: 24)"
+    )
     check.set_defaults(run=_check)
 
     evaluate = commands.add_parser("eval", help="a model's scores on tasks or a suite")
@@ -349,9 +363,10 @@ def _at_least(least: int, text: str) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from mmtune.training.check import check_run
+    from mmtune.training.check import Gpus, check_run
 
-    check_run(options.yaml, options.overrides, options.samples, options.pictures)
+    gpus = Gpus(options.processes, options.gpu_memory)
+    check_run(options.yaml, options.overrides, options.samples, options.pictures, options.shapes, gpus)
     print("no faults")
 
 

@@ -65,10 +65,10 @@ class DataOptions:
                 shard_files(file)
             except UserError as error:
                 for found in error.faults:
-                    fault(key, found.what, found.mend)
+                    fault(key, found.what, found.mend, absent=True)
         elif not os.path.isfile(file):
             mend = f"It is {load_card(self.card).source}." if self.card else "Is the path right?"
-            fault(key, f"there is no file {file}", mend)
+            fault(key, f"there is no file {file}", mend, absent=True)
 
     def file(self) -> Path:
         """The LLaVA training file, or the shards' common name."""

@@ -14,10 +14,10 @@ ORDER = """
 core.errors core.processes core.files core.table core.config core.versions
 data.chat data.shards data.image data.samples data.sharding data.batches data.cards
 data.tiny data.tiny_tokenizer
-parts.foreign parts.spec parts.fingerprint parts.loading
+parts.foreign parts.spec parts.known parts.fingerprint parts.loading
 parts.vision.base parts.vision.clip parts.vision.open_clip
 parts.connector.base parts.connector.linear parts.connector.mlp
-parts.quantized parts.language parts.model parts.between parts.adapters
+parts.quantized parts.language parts.model parts.outline parts.between parts.adapters
 tuning.shards tuning.fsdp_shards tuning.zero_shards tuning.base tuning.penalty_triton tuning.penalty
 tuning.segments tuning.importance tuning.joined
 tuning.frozen tuning.full tuning.lora tuning.sculpt tuning.kl
@@ -45,7 +45,7 @@ prepare.originals prepare.pictures prepare.training prepare.composed prepare.con
 training.zero_json run
 training.folder training.plan training.optim training.engine training.fsdp training.zero training.checkpoint
 training.meter training.signals
-training.probe training.loop training.check
+training.probe training.loop training.rehearsal training.memory training.check
 interop.lmms_eval interop.comparison interop.merged
 interop.weights interop.source interop.chat_templates interop.llava_hf
 interop.llava_forward interop.llava interop.importing

@@ -24,14 +24,21 @@ from mmtune.core.table import Table, nearest
 
 Path_ = tuple[str, ...]
 Report = Callable[..., None]
-"""What an options class's `check` is given to tell of a fault: fault(field, what, mend)."""
+"""What an options class's `check` is given to tell of a fault: fault(field, what, mend). With absent=True it
+tells of a file or folder that the config names and that is not there, or not yet in mmtune's form.
+"""
 
 MOST_ENTRIES = 100_000
 COMMAND_LINE = 0  # stands for the line of what an override gave
 
 
 class Source:
-    """A parsed YAML file with the line of every key, and the overrides laid over it."""
+    """A parsed YAML file with the line of every key, and the overrides laid over it.
+
+    absent: gathers what is not there (see `Report`), which is no fault then.
+    """
+
+    absent: list[Fault] | None = None
 
     def __init__(self, path: Path, overrides: list[str] | None = None) -> None:
         self.path = Path(path)
@@ -276,9 +283,12 @@ def build(cls: type, tree: Any, key: Path_, source: Source) -> Any:
                 unknown[name] = _Unknown()
     made = cls(**values, **unknown)
 
-    def report(field: str, what: str, mend: str = "") -> None:
-        if not faulty or (field and field.split(".")[0] not in faulty):
-            source.fault((*key, *field.split(".")) if field else key, what, mend)
+    def report(field: str, what: str, mend: str = "", absent: bool = False) -> None:
+        place = (*key, *field.split(".")) if field else key
+        if absent and source.absent is not None:
+            source.absent.append(Fault(what, source.where(place), mend))
+        elif not faulty or (field and field.split(".")[0] not in faulty):
+            source.fault(place, what, mend)
 
     check: Callable[[Report], None] | None = getattr(made, "check", None)
     if check is not None:

@@ -33,14 +33,17 @@ from mmtune.parts.quantized import dequantize, forget_quantization, load_quantiz
 
 
 class LanguageModel(nn.Module):
-    """A causal LM and its tokenizer. `hf` is the transformers model, in which tuners find their targets."""
+    """A causal LM and its tokenizer. `hf` is the transformers model, in which tuners find their targets.
+
+    An outline made from configs alone (parts/outline.py) is given None for a tokenizer.
+    """
 
     def __init__(self, hf: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
         self.hf = hf
         self.tokenizer = tokenizer
         self.width = hf.get_input_embeddings().embedding_dim
-        if len(tokenizer) > hf.get_input_embeddings().num_embeddings:
+        if tokenizer is not None and len(tokenizer) > hf.get_input_embeddings().num_embeddings:
             raise UserError(
                 f"the tokenizer has {len(tokenizer)} tokens, the model only "
                 f"{hf.get_input_embeddings().num_embeddings} embeddings",
@@ -109,9 +112,9 @@ class LanguageModel(nn.Module):
         """The blocks: what an engine that splits weights gathers at a time."""
         return split_layers(self.hf)
 
-    def checkpoint_activations(self) -> None:
-        """From now on a block keeps its input alone and runs again in the backward pass."""
-        recompute_activations(self.hf)
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """From now on a block keeps its input alone and runs again in the backward pass; or no longer."""
+        recompute_activations(self.hf, on)
 
     def attend_by(self, implementation: str) -> None:
         """Chooses how attention is computed: `sdpa` or `eager`."""

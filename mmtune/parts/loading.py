@@ -164,11 +164,14 @@ def split_layers(hf: Any) -> list[nn.Module]:
     return [module for module in hf.modules() if type(module).__name__ in names]
 
 
-def recompute_activations(hf: Any) -> None:
-    """Lets a model of transformers recompute each layer in the backward pass, non-reentrant."""
+def recompute_activations(hf: Any, on: bool = True) -> None:
+    """Lets a model of transformers recompute each layer in the backward pass, non-reentrant; or no longer."""
     # The second name goes with transformers 6, the first came after 5.17.
-    enable = getattr(hf, "activation_checkpointing_enable", None) or hf.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    word = "activation" if hasattr(hf, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(hf, f"{word}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(hf, f"{word}_checkpointing_disable")()
 
 
 def torch_dtype(name: str) -> torch.dtype:

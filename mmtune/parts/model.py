@@ -50,6 +50,7 @@ class VisionLanguageModel(nn.Module):
 
     options: what each part is and where its weights came from; a part's `weights` is None once the part
     was trained, and is then saved with the model. adapters: the peft model of each part that has one.
+    chat: not there in an outline made from configs alone (parts/outline.py), which has no tokenizer.
     every_part: whether every forward pass goes through every part, as processes that gather each other's
     weights have to.
     """
@@ -74,7 +75,8 @@ class VisionLanguageModel(nn.Module):
         self.every_part = False
         self.image_tokens = connector.tokens(vision.tokens)
         self.transform = ImageTransform(vision.image_size, vision.mean, vision.std, options.vision.fit)
-        self.chat = Chat(language.tokenizer, options.language.chat, self.image_tokens, language.context)
+        if language.tokenizer is not None:
+            self.chat = Chat(language.tokenizer, options.language.chat, self.image_tokens, language.context)
 
     def part(self, name: str) -> nn.Module:
         """The module a tuner works on: inside it names are those of the part's own format."""

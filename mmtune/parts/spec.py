@@ -116,11 +116,12 @@ class ModelOptions:
                         "", f"neither 'base' nor '{part}' is given", "Name a base model, or all three parts."
                     )
         elif not os.path.isdir(shipped(self.base)):
-            fault("base", f"there is no folder {self.base}", "Name a folder that mmtune saved a model to.")
+            mend = "Name a folder that mmtune saved a model to."
+            fault("base", f"there is no folder {self.base}", mend, absent=True)
         elif not os.path.isfile(shipped(self.base) / "config.json"):
             fault("base", f"{self.base} holds no config.json", "Name a folder that mmtune saved a model to.")
         elif foreign := how_to_import(shipped(self.base)):
-            fault("base", f"{self.base}: {foreign[0]}", foreign[1])
+            fault("base", f"{self.base}: {foreign[0]}", foreign[1], absent=True)
         _check_quantize(self.quantize, fault)
         if self.language and self.language.quantize not in (None, self.quantize or self.language.quantize):
             what = f"{self.quantize}, but language.quantize is {self.language.quantize}"
@@ -139,8 +140,9 @@ def quantization(model: ModelOptions) -> Any:
 
 
 def saved_part(base: str, part: str) -> dict[str, Any]:
-    """What the config of a model folder says of one part; nothing where it is broken."""
-    config = read_json(shipped(base) / "config.json")
+    """What the config of a model folder says of one part; nothing where there is none, or it is broken."""
+    file = shipped(base) / "config.json"
+    config = read_json(file) if file.is_file() else {}
     described = config.get(part) if isinstance(config, dict) else None
     return described if isinstance(described, dict) else {}
 

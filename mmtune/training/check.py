@@ -1,13 +1,13 @@
 """Everything that can be wrong with a run, found before weights are loaded, and a look at what it trains on.
 
 The model is put together without weights: configs, tokenizer and the shapes of tensors are all it takes to
-encode the samples and to attach the tuners as training does.
+encode the samples, to attach the tuners as training does, and to tell how much memory a GPU will need. With
+`shapes`, configs are all there is: no tokenizer and no data is looked for; what stays unchecked is listed.
 """
 
 from __future__ import annotations
 
 import statistics
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -26,7 +26,8 @@ from mmtune.data.chat import IGNORE, IMAGE, IMAGE_ID, Chat
 from mmtune.data.image import Picture, is_there, load_image
 from mmtune.data.samples import MOST_FAULTS, Sample
 from mmtune.evaluation.protocol import load_protocol, load_suite
-from mmtune.parts.model import VisionLanguageModel, assemble
+from mmtune.parts.model import VisionLanguageModel
+from mmtune.parts.outline import count, outline_of, outline_of_configs, unused_layers
 from mmtune.parts.spec import PARTS, ModelOptions
 from mmtune.run import (
     DataOptions,
@@ -37,8 +38,10 @@ from mmtune.run import (
     TrainOptions,
     TuneOptions,
 )
+from mmtune.training.memory import Estimate, estimate, print_estimate, samples_at_once
 from mmtune.training.plan import count_replay, count_steps, print_tuning_table, read_samples, say_replay
-from mmtune.tuning.base import Row
+from mmtune.training.rehearsal import Shape
+from mmtune.tuning.base import Row, Tuner
 
 Key = tuple[str, ...]
 MOST_COLUMNS = 10**6  # of a line that YAML is to leave in one
@@ -74,11 +77,15 @@ class DataFound:
 
 @dataclass
 class StageFound:
-    """What is known of a stage: its tuning table, its samples, and how many steps it takes."""
+    """What is known of a stage: its tuning table, its samples, how many steps it takes, and its memory.
+
+    sizes: parameters by part, and those of the tower's layers that are not loaded, where that is known.
+    """
 
     name: str
     rows: list[Row] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
+    complete: bool = False
     skipped: list[str] = field(default_factory=list)
     decoded: int = 0
     pictures: int = 0
@@ -86,37 +93,55 @@ class StageFound:
     replayed: int = 0
     steps: int = 0
     chat: Chat | None = None
+    image_tokens: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
+    memory: Estimate | None = None
 
 
-def check_run(path: Path, overrides: Sequence[str] = (), samples: int = 3, pictures: int = 1000) -> None:
+@dataclass(frozen=True)
+class Gpus:
+    """How many processes the memory is told for (None: 1 for the engine single, else 4), on GPUs of how many
+    GiB.
+    """
+
+    processes: int | None = None
+    memory: float = 24.0
+
+
+def check_run(
+    path: Path,
+    overrides: Sequence[str] = (),
+    samples: int = 3,
+    pictures: int = 1000,
+    shapes: bool = False,
+    gpus: Gpus | None = None,
+) -> None:
     """Prints what each stage of a run trains, on what, and the first `samples` as the model will see them.
 
-    pictures: how many of them are decoded, spread evenly; all have to exist. Raises UserError with every
-    fault of the config, the model's folder, the training data and the evaluation's files at once.
+    pictures: how many of them are decoded, spread evenly; all have to exist. shapes: from configs alone.
+    Raises UserError with every fault of the config, the model's folder, the training data and the
+    evaluation's files at once.
     """
+    gpus = gpus or Gpus()
     source = Source(path, list(overrides))
+    source.absent = [] if shapes else None
     options: RunOptions | None = build(RunOptions, source.tree, (), source)
     faults = Faults(source, list(source.faults))
     found = []
     model = options.model if options else _block(source, ModelOptions, "model")
     for key, stage in _stages(source, options):
-        outline = faults.gather((), outline_of, model) if model else None
-        found.append(_check_stage(faults, key, stage, outline, options, pictures))
+        outline = faults.gather((), outline_of_configs if shapes else outline_of, model) if model else None
+        found.append(_check_stage(faults, key, stage, outline, options, None if shapes else pictures, gpus))
     evaluation = options.evaluate if options else _block(source, EvaluateOptions, "evaluate")
     if evaluation:
-        faults.gather(("evaluate",), _check_evaluation, evaluation)
+        faults.gather(("evaluate",), _check_protocols if shapes else _check_evaluation, evaluation)
     if options:
         for number, stage_found in enumerate(found, start=1):
-            _print_stage(stage_found, number if len(found) > 1 else None, options, samples)
+            _print_stage(stage_found, number if len(found) > 1 else None, options, samples, gpus)
+        if shapes:
+            _print_unchecked(options, source.absent or [])
     if faults.found:
         raise UserError.of(dict.fromkeys(faults.found))  # stages share a model, and perhaps its faults
-
-
-def outline_of(options: ModelOptions) -> VisionLanguageModel:
-    """The model without its weights: every tensor has its shape and no values. Raises UserError."""
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.filterwarnings("ignore", message=".*which is a no-op")  # values that go nowhere, as meant
-        return assemble(options)
 
 
 def _check_stage(
@@ -125,12 +150,18 @@ def _check_stage(
     stage: Stage,
     model: VisionLanguageModel | None,
     options: RunOptions | None,
-    pictures: int,
+    pictures: int | None,
+    gpus: Gpus,
 ) -> StageFound:
-    found = StageFound(stage.name, chat=model.chat if model else None)
-    tuners = {part: getattr(stage.tune, part).make() for part in PARTS}
+    """pictures: None where no data is to be read."""
+    found = StageFound(stage.name, chat=getattr(model, "chat", None))
+    tuners: dict[str, Tuner] = {part: getattr(stage.tune, part).make() for part in PARTS}
     attached = []
     if model:
+        found.image_tokens = model.image_tokens
+        found.sizes = {part: count(model.part(part)) for part in PARTS}
+        if options and pictures is None:
+            found.sizes["unused"] = unused_layers(options.model, model)
         with torch.device("meta"):
             for part, tuner in tuners.items():
                 rows = faults.gather(key, tuner.attach, model, part)
@@ -138,6 +169,33 @@ def _check_stage(
                 if rows is not None:
                     attached.append(tuner)
 
+    settings = stage.train
+    if pictures is not None:
+        _check_stage_data(faults, key, stage, found, pictures)
+    # A faulty sample changes how long an epoch is, but not a number of steps.
+    if options and (settings.steps or found.complete):
+        found.steps = settings.steps or count_steps(len(found.examples) + found.replayed, settings)
+        for tuner in attached:
+            faults.gather(key, tuner.start, found.steps, options.seed)
+    if options and model and len(attached) == len(PARTS) and (pictures is None or found.examples):
+        processes = gpus.processes or (1 if settings.engine == "single" else 4)
+        shape = _shape(settings, processes, found.examples, model.image_tokens)
+        found.memory = estimate(model, tuners, stage, options.model, shape, processes)
+    return found
+
+
+def _shape(settings: TrainOptions, processes: int, examples: list[Example], image_tokens: int) -> Shape:
+    """The largest micro-batch: of the longest sample, or, where no data was read, of max_length."""
+    count = samples_at_once(settings, processes)
+    if examples:
+        supervised = max(int((example.labels != IGNORE).sum()) for example in examples)
+        pictures = max(len(example.images) for example in examples)
+        return Shape(count, max(len(example.ids) for example in examples), count * pictures, supervised)
+    one = 1 if settings.max_length > image_tokens else 0
+    return Shape(count, settings.max_length, count * one, settings.max_length - one * image_tokens)
+
+
+def _check_stage_data(faults: Faults, key: Key, stage: Stage, found: StageFound, pictures: int) -> None:
     settings = stage.train
     own = _check_data(faults, key, stage.data, found.chat, settings)
     pool = _check_data(faults, key, stage.replay.data if stage.replay else [], found.chat, settings)
@@ -155,14 +213,9 @@ def _check_stage(
     chosen = [paths[i * len(paths) // pictures] for i in range(pictures)] if pictures < len(paths) else paths
     found.decoded = len(chosen)
     faults.gather((), _decode, chosen)
+    found.complete = own.complete
     if stage.replay and own.complete:
         found.replayed = faults.gather(key, count_replay, stage.replay, len(found.examples)) or 0
-    # A faulty sample changes how long an epoch is, but not a number of steps.
-    if options and (settings.steps or own.complete):
-        found.steps = count_steps(len(found.examples) + found.replayed, settings)
-        for tuner in attached:
-            faults.gather(key, tuner.start, found.steps, options.seed)
-    return found
 
 
 def _check_data(
@@ -197,6 +250,12 @@ def _decode(paths: Iterable[Picture]) -> None:
             break
     if faults:
         raise UserError.of(faults)
+
+
+def _check_protocols(options: EvaluateOptions) -> None:
+    """The suite and its tasks, but none of their files."""
+    for task in load_suite(options.suite).given:
+        load_protocol(task)
 
 
 def _check_evaluation(options: EvaluateOptions) -> None:
@@ -277,7 +336,9 @@ def _placed(fault: Fault, source: Source, key: Key) -> Fault:
 # ---- What is printed ------------------------------------------------------------------------------------
 
 
-def _print_stage(found: StageFound, number: int | None, options: RunOptions, samples: int) -> None:
+def _print_stage(
+    found: StageFound, number: int | None, options: RunOptions, samples: int, gpus: Gpus
+) -> None:
     console = Console(highlight=False)
     stage = options.all_stages()[(number or 1) - 1]
     train = stage.train
@@ -290,8 +351,42 @@ def _print_stage(found: StageFound, number: int | None, options: RunOptions, sam
         described = to_dict(getattr(stage.tune, part))
         line = yaml.safe_dump(described, default_flow_style=True, sort_keys=False, width=MOST_COLUMNS)
         console.print(f"  {part}: {line.strip()}", markup=False, soft_wrap=True)
-    if not found.examples or not found.steps:
-        return
+    if found.sizes:
+        console.print(_sizes(found), soft_wrap=True)
+    if found.examples and found.steps:
+        _print_data(found, train, samples, console)
+    if found.memory:
+        tokens_from = "the longest sample's" if found.examples else "train.max_length, as no data was read"
+        print_estimate(found.memory, options.model.dtype, gpus.memory, tokens_from, console)
+
+
+def _sizes(found: StageFound) -> str:
+    unused = f" (and {found.sizes['unused']:,} that are not loaded)" if found.sizes.get("unused") else ""
+    named = [f"{part} {found.sizes[part]:,}{unused if part == 'vision' else ''}" for part in PARTS]
+    whole = sum(found.sizes[part] for part in PARTS)
+    return f"parameters: {', '.join(named)}; {whole:,} in all\na picture is {found.image_tokens:,} tokens"
+
+
+def _print_unchecked(options: RunOptions, absent: list[Fault]) -> None:
+    """What a check of shapes alone leaves open."""
+    console = Console(highlight=False)
+    console.print("\nNot checked, since only configs were read:", style="bold")
+    lines = [
+        "the weights: whether they are there, whole, and those that the config describes",
+        "the tokenizer and the chat format",
+        "the training data: samples, pictures, labels, lengths"
+        + ("" if all(stage.train.steps for stage in options.all_stages()) else "; how many steps they take"),
+    ]
+    if options.evaluate:
+        lines.append("the evaluation's annotation files and pictures")
+    for line in lines:
+        console.print(f"  {line}", soft_wrap=True)
+    for fault in dict.fromkeys(absent):
+        console.print(f"  {fault.where}: {fault.what}", markup=False, soft_wrap=True)
+    console.print("Once they are there, mmtune check without --shapes checks them.", soft_wrap=True)
+
+
+def _print_data(found: StageFound, train: TrainOptions, samples: int, console: Console) -> None:
     count = len(found.examples)
     seen = count + found.replayed
     epochs = found.steps * min(train.batch_size, seen) / seen

@@ -71,10 +71,15 @@ def cut(model: VisionLanguageModel, device: str, count: int) -> None:
     """
     mesh = init_device_mesh(device, (count,))
     whole = {parameter for parameter in model.parameters() if not parameter.is_floating_point()}
+    for module in (*gathered(model), model):
+        # Also the outermost: as long as a parameter is gathered, the model does not show the cut one.
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+
+
+def gathered(model: VisionLanguageModel) -> list[nn.Module]:
+    """The modules whose weights are gathered together, each by itself; what is in none of them comes last."""
     groups: list[nn.Module] = [*model.vision.layers(), *model.language.layers()]
     ends = [model.language.hf.get_input_embeddings(), model.language.hf.get_output_embeddings()]
     if ends[0].weight is not ends[1].weight:  # tied ones have to be in one group, that of all that is left
         groups += ends
-    for module in (*groups, model):
-        # Also the outermost: as long as a parameter is gathered, the model does not show the cut one.
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    return groups

@@ -8,6 +8,7 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from rich import box
@@ -27,9 +28,11 @@ from mmtune.tuning.base import Row
 
 def print_tuning_table(rows: list[Row], console: Console | None = None) -> None:
     """One line per part and way of tuning; every module is in tuning_table.json."""
-    table = Table(title="What trains", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title="What trains", box=box.SIMPLE_HEAD, padding=0)
     for heading in ("part", "tuner", "modules", "trained", "of", "lr", "pruned", "penalised"):
-        table.add_column(heading, justify="left" if heading in ("part", "tuner") else "right")
+        justify: Any = "left" if heading in ("part", "tuner") else "right"
+        # At 80 columns the numbers of a large model leave room for the word `pruned` alone.
+        table.add_column(heading, justify=justify, no_wrap=heading != "pruned", min_width=len(heading))
     for part in PARTS:
         for tuner in dict.fromkeys(row.tuner for row in rows if row.part == part):
             mine = [row for row in rows if row.part == part and row.tuner == tuner]

@@ -17,10 +17,10 @@ from mmtune.core.errors import UserError
 from mmtune.parts.fingerprint import changed_parts, model_hash, same_weights, start_hash
 from mmtune.parts.language import LanguageModel
 from mmtune.parts.model import VisionLanguageModel, assemble, write_quantized
+from mmtune.parts.outline import outline_of
 from mmtune.parts.quantized import full_weight, is_quantized
 from mmtune.parts.spec import ModelOptions
 from mmtune.run import read_run
-from mmtune.training.check import outline_of
 from mmtune.tuning.base import rows_of
 from mmtune.tuning.full import FullOptions
 from mmtune.tuning.lora import LoraOptions

@@ -15,7 +15,7 @@ from mmtune.parts.spec import ConnectorOptions, LanguageOptions, ModelOptions, V
 def faults(options: Any) -> list[tuple[str, str, str]]:
     """(key, what, mend) of each fault."""
     found: list[tuple[str, str, str]] = []
-    options.check(lambda key, what, mend="": found.append((key, what, mend)))
+    options.check(lambda key, what, mend="", absent=False: found.append((key, what, mend)))
     return found
 
 

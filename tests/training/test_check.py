@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,11 @@ from mmtune.core.errors import UserError
 from mmtune.data.batches import Example
 from mmtune.data.chat import IMAGE, Chat, Turn
 from mmtune.parts.model import assemble
+from mmtune.parts.outline import outline_of
 from mmtune.parts.spec import PARTS
-from mmtune.training.check import check_run, outline_of, show
+from mmtune.training.check import Gpus, check_run, show
 from mmtune.training.loop import train
+from tests.tiny_models import FAMILIES, VISION
 from tests.world import FULL, LORA, SCULPT, metrics, run_file, run_options
 
 Said = Callable[..., str]
@@ -28,7 +31,7 @@ Said = Callable[..., str]
 def said(capsys: pytest.CaptureFixture[str]) -> Said:
     """What checking a run prints."""
 
-    def check(path: Path, *overrides: str, **options: int) -> str:
+    def check(path: Path, *overrides: str, **options: Any) -> str:
         capsys.readouterr()
         check_run(path, overrides, **options)
         return capsys.readouterr().out
@@ -36,7 +39,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> Said:
     return check
 
 
-def faults(path: Path, *overrides: str, **options: int) -> list[str]:
+def faults(path: Path, *overrides: str, **options: Any) -> list[str]:
     with pytest.raises(UserError) as caught:
         check_run(path, overrides, **options)
     return [f"{fault.where}: {fault.what}" for fault in caught.value.faults]
@@ -294,6 +297,54 @@ def test_a_sample_is_shown_as_its_text(make_tokenizer: Any, family: str) -> None
     assert coloured.plain == expected.replace("[[", "").replace("]]", "")
     bright = [coloured.plain[span.start : span.end] for span in coloured.spans if "bold" in str(span.style)]
     assert bright == ["né\n[INST]<|eot_id|>", "\U0001f408<|eot_id|>"]
+
+
+def without_weights(world: Path, tmp_path: Path) -> Path:
+    """The YAML of a run for which there is nothing but a model's config.json, as of transformers."""
+    config = {"vision_config": VISION, "text_config": {"model_type": "llama", **FAMILIES["llama"]}}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "llava", **config}))
+    return run_file(
+        world,
+        tmp_path,
+        model={"base": str(tmp_path / "model"), "dtype": "bfloat16"},
+        data=[{"path": "/nowhere/train.json"}],
+        tune={"connector": FULL, "language": SCULPT},
+        evaluate={"suite": "forgetting"},
+    )
+
+
+def test_shapes_take_configs_alone(world: Path, tmp_path: Path, said: Said) -> None:
+    path = without_weights(world, tmp_path)
+    out = said(path, shapes=True)
+    assert "lorasculpt" in out and "a picture is 4 tokens" in out
+    assert "tokens (train.max_length, as no data was read) and 8 pictures at once" in out
+    assert "Not checked, since only configs were read:" in out
+    assert "data.0.path: there is no file /nowhere/train.json" in out
+    assert "evaluation's annotation files" in out
+    assert [line for line in faults(path) if "/nowhere/train.json" in line], "and without, they are faults"
+
+
+def test_shapes_find_the_faults_that_configs_show(world: Path, tmp_path: Path) -> None:
+    path = without_weights(world, tmp_path)
+    changes = ["tune.language.targets=[nowhere]", "train.batch_size=0", "model.dtype=float64"]
+    found = faults(path, *changes, shapes=True)
+    assert len(found) == 2 and all("command line" in line for line in found)
+    found = faults(path, *changes[:2], shapes=True)
+    assert any("'nowhere' is no linear layer" in line for line in found) and len(found) == 2
+    (unknown,) = faults(path, "model.base=llava-hf/llava-1.5-8b-hf", shapes=True)
+    assert "neither a folder nor a model whose config is known here" in unknown
+    assert any("prune_at is step 2" in line for line in faults(path, "train.steps=2", shapes=True))
+
+
+def test_the_memory_is_told_for_the_longest_sample(world: Path, tmp_path: Path, said: Said) -> None:
+    out = said(run_file(world, tmp_path))
+    longest = re.search(r"tokens of a sample: .* (\d+) at most", out)
+    assert longest and f"{longest[1]} tokens (the longest sample's)" in out
+    assert "This run, one GPU, all activations kept:" in out and "fits." in out
+    out = said(run_file(world, tmp_path), gpus=Gpus(processes=2, memory=0.25))
+    assert "For 2 processes in float32, each with 4 samples" in out
+    assert "ZeRO-3" in out and "does not fit" in out and "Nothing in the table does." in out
 
 
 def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,9 +52,9 @@ class VisionTower(nn.Module):
         """The blocks: what an engine that splits weights gathers at a time."""
         return split_layers(self.hf)
 
-    def checkpoint_activations(self) -> None:
-        """From now on a block keeps its input alone and runs again in the backward pass."""
-        recompute_activations(self.hf)
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """From now on a block keeps its input alone and runs again in the backward pass; or no longer."""
+        recompute_activations(self.hf, on)
 
     def attend_by(self, implementation: str) -> None:
         """Chooses how attention is computed: `sdpa` or `eager`."""

@@ -155,8 +155,8 @@ class OpenClipTower(VisionTower):
     def layers(self) -> list[nn.Module]:
         return list(self.visual.transformer.resblocks)
 
-    def checkpoint_activations(self) -> None:
-        self.visual.set_grad_checkpointing(True)  # non-reentrant since open_clip 3
+    def checkpoint_activations(self, on: bool = True) -> None:
+        self.visual.set_grad_checkpointing(on)  # non-reentrant since open_clip 3
 
     def attend_by(self, implementation: str) -> None:
         for block in self.visual.transformer.resblocks:

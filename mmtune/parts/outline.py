@@ -1,0 +1,190 @@
+"""A model without its weights: every tensor has its shape and dtype, and no values (torch's meta device).
+
+`outline_of` puts it together as for training, from folders that are all there. `outline_of_configs` takes
+config.json alone, of folders or of known models: no weights, no tokenizer, so that it has no `chat`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from mmtune.core.errors import UserError
+from mmtune.parts.foreign import LLAVA, LLAVA_HF, kind_of
+from mmtune.parts.known import config_of
+from mmtune.parts.language import LanguageModel, load_tokenizer
+from mmtune.parts.loading import refusals, torch_dtype
+from mmtune.parts.model import FORMAT_VERSION, VisionLanguageModel, assemble, read_options
+from mmtune.parts.spec import (
+    CONNECTORS,
+    PARTS,
+    TOWERS,
+    ConnectorOptions,
+    LanguageOptions,
+    ModelOptions,
+    VisionOptions,
+)
+from mmtune.parts.vision.base import VisionTower
+
+# The connectors of LLaVA's mm_projector_type, and the tower of transformers' vision model types.
+PROJECTORS = {"linear": "linear", "mlp2x_gelu": "mlp2x_gelu"}
+TOWER_OF = {"clip_vision_model": "clip"}
+TEXT = {"model_type": "llama", "vocab_size": 32000}  # what a text_config of transformers' Llava may leave out
+
+
+def outline_of(options: ModelOptions) -> VisionLanguageModel:
+    """The model of a run without its weights. Raises UserError."""
+    with _without_values():
+        model = assemble(options)
+    return _cast(model, options.dtype)
+
+
+def outline_of_configs(options: ModelOptions) -> VisionLanguageModel:
+    """The same from config.json alone, without a tokenizer or a chat format.
+
+    A base may be a folder of mmtune, of transformers (LlavaForConditionalGeneration) or of LLaVA, or the name
+    of a known model. Raises UserError.
+    """
+    described = _described(options)
+    vision, connector, language = described.vision, described.connector, described.language
+    assert vision and connector and language
+    with _without_values():
+        tower = _tower(vision)
+        tokens = _language(language)
+        kind = CONNECTORS.load(connector.kind)
+        model = VisionLanguageModel(tower, kind(tower.width, tokens.width), tokens, described)
+        tower.attend_by(options.attention)
+        tokens.attend_by(options.attention)
+    return _cast(model, options.dtype)
+
+
+def unused_layers(options: ModelOptions, model: VisionLanguageModel) -> int:
+    """How many parameters the tower's layers above the used one have, which are not loaded.
+
+    model: the outline made from the same options' configs.
+    """
+    vision = _described(options).vision
+    assert vision
+    with _without_values():
+        whole = _tower(replace(vision, layer=-1))
+    return count(whole) - count(model.vision)
+
+
+def count(module: nn.Module) -> int:
+    """How many parameters a module has."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@contextmanager
+def _without_values() -> Iterator[None]:
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.filterwarnings("ignore", message=".*which is a no-op")  # values that go nowhere, as meant
+        yield
+
+
+def _cast(model: VisionLanguageModel, dtype: str) -> VisionLanguageModel:
+    """With parameters in the dtype they are loaded in; buffers stay as they are, as in loading."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch_dtype(dtype))
+    return model
+
+
+def _described(options: ModelOptions) -> ModelOptions:
+    """The parts of a model, those of its base read from the base's config."""
+    if options.base is None:
+        return replace(options)
+    base = _base(options.base)
+    given = {part: getattr(options, part) or getattr(base, part) for part in PARTS}
+    if given["language"] and options.quantize:
+        given["language"] = replace(given["language"], quantize=options.quantize)
+    return replace(options, base=None, **given)
+
+
+def _base(name: str) -> ModelOptions:
+    """The parts that a folder's or a known model's config describes, in whichever of the three formats."""
+    config = config_of(name)
+    if config.get("mmtune") == FORMAT_VERSION:
+        return read_options(name)
+    if kind_of(config) == LLAVA_HF:
+        return _of_transformers(config, name)
+    if kind_of(config) == LLAVA:
+        return _of_llava(config, name)
+    raise UserError(
+        f"not the config of a vision-language model (model_type {config.get('model_type')!r})",
+        where=name,
+        mend="Name a folder of mmtune, a LlavaForConditionalGeneration or a LLaVA-1.5, or the parts by "
+        "themselves.",
+    )
+
+
+def _of_transformers(config: dict[str, Any], where: str) -> ModelOptions:
+    vision = config["vision_config"]
+    tower = _known(TOWER_OF, vision.get("model_type", "clip_vision_model"), "vision tower", where)
+    act, layer = config.get("projector_hidden_act", "gelu"), config.get("vision_feature_layer", -2)
+    if act != "gelu" or not isinstance(layer, int):
+        raise UserError(
+            f"projector_hidden_act {act!r} and vision_feature_layer {layer!r} are no connector of mmtune's",
+            where=where,
+            mend="It has to be a two-layer MLP with GELU on one hidden layer, as in LLaVA-1.5.",
+        )
+    return ModelOptions(
+        vision=VisionOptions(tower, config=vision, layer=layer),
+        connector=ConnectorOptions("mlp2x_gelu"),
+        language=LanguageOptions(config={**TEXT, **config["text_config"]}, tokenizer=where),
+    )
+
+
+def _of_llava(config: dict[str, Any], where: str) -> ModelOptions:
+    kind = _known(PROJECTORS, config.get("mm_projector_type", "linear"), "connector", where)
+    language = {**config, "model_type": "llama"}
+    layer = config.get("mm_vision_select_layer", -2)
+    return ModelOptions(
+        vision=VisionOptions("clip", weights=config["mm_vision_tower"], layer=layer),
+        connector=ConnectorOptions(kind),
+        language=LanguageOptions(config=language, tokenizer=where),
+    )
+
+
+def _known(table: dict[str, str], name: str, kind: str, where: str) -> str:
+    if name not in table:
+        mend = f"Known: {', '.join(sorted(table))}."
+        raise UserError(f"no {kind} of mmtune's is a {name!r}", where=where, mend=mend)
+    return table[name]
+
+
+def _tower(options: VisionOptions) -> VisionTower:
+    fields = options.config
+    if options.tower == "open_clip":
+        if fields is None:
+            model = config_of(str(options.weights), "open_clip_config.json").get("model_cfg", {})
+            fields = {**model.get("vision_cfg", {}), "quick_gelu": model.get("quick_gelu", False)}
+    else:
+        fields = config_of(str(options.weights)) if fields is None else fields
+        fields = _of_family({"model_type": "clip_vision_model", **fields.get("vision_config", fields)})
+    return TOWERS.load(options.tower).create(fields, options.layer)
+
+
+def _language(options: LanguageOptions) -> LanguageModel:
+    fields = config_of(str(options.weights)) if options.config is None else options.config
+    where = str(options.weights or options.tokenizer)
+    if fields.get("model_type") not in CONFIG_MAPPING:
+        raise UserError(f"transformers knows no model_type {fields.get('model_type')!r}", where=where)
+    if options.config is not None and "vocab_size" not in fields:
+        fields = {**fields, "vocab_size": len(load_tokenizer(str(options.tokenizer)))}
+    with refusals(where):
+        config = CONFIG_MAPPING[fields["model_type"]](**_of_family(fields))
+        return LanguageModel(AutoModelForCausalLM.from_config(config), None)  # type: ignore[arg-type]
+
+
+def _of_family(fields: dict[str, Any]) -> dict[str, Any]:
+    """Those that the family's config has: files bring along notes of older versions and of other models."""
+    default = CONFIG_MAPPING[fields["model_type"]]()
+    return {name: value for name, value in fields.items() if hasattr(default, name) and name != "model_type"}

@@ -17,6 +17,7 @@ from rich.table import Table
 from mmtune.core.errors import UserError
 from mmtune.data.batches import Batch, pad
 from mmtune.data.chat import IMAGE, Turn
+from mmtune.evaluation.generate import best_device
 from mmtune.parts.model import VisionLanguageModel
 
 # Question, answer; a picture for each mark.
@@ -68,6 +69,18 @@ def pictures() -> list[Image.Image]:
         squares = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
         made.append(Image.fromarray(squares).resize((320, 240), Image.Resampling.NEAREST))
     return made
+
+
+def placed(model: Any) -> Any:
+    """A model on this process's accelerator, or as it is where that has no room: 7 billion weights in fp32
+    take 28 GB. An eighth more is kept free for the forward pass, and 1 GB.
+    """
+    device = best_device()
+    if device.type == "cuda":
+        needed = sum(tensor.nbytes for tensor in model.state_dict().values())
+        if needed * 9 / 8 + 2**30 > torch.cuda.mem_get_info(device)[0]:
+            return model
+    return model.to(device)
 
 
 @torch.no_grad()

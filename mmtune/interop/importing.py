@@ -12,8 +12,7 @@ from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, replacing_folder, write_json
 from mmtune.core.table import Table
 from mmtune.core.versions import versions
-from mmtune.evaluation.generate import best_device
-from mmtune.interop.comparison import compare, logits, probe, refuse_unlike
+from mmtune.interop.comparison import compare, logits, placed, probe, refuse_unlike
 from mmtune.interop.source import Source, Wanted
 from mmtune.interop.weights import local
 from mmtune.parts.fingerprint import model_hash
@@ -50,7 +49,7 @@ def import_model(source: str, destination: Path, wanted: Wanted | None = None) -
     found.check()
     with replacing_folder(destination) as partial:
         found.write(partial)
-        model = VisionLanguageModel.from_pretrained(partial).to(best_device())
+        model = placed(VisionLanguageModel.from_pretrained(partial))
         batch = probe(model)
         pixels = model.vision.normalise(batch.images, torch.float32)
         ours = logits(model)

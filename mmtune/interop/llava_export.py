@@ -16,8 +16,7 @@ from transformers import CLIPConfig
 from mmtune.core.errors import Fault, UserError
 from mmtune.core.files import read_json, replacing_folder, write_json
 from mmtune.core.versions import versions
-from mmtune.evaluation.generate import best_device
-from mmtune.interop.comparison import Compared, compare, logits, probe, refuse_unlike
+from mmtune.interop.comparison import Compared, compare, logits, placed, probe, refuse_unlike
 from mmtune.interop.llava import CONNECTOR_NAMES, TOKENIZER, read, tower_tensors
 from mmtune.interop.merged import ROUNDED, SAME, export_merged
 from mmtune.interop.source import ORIGIN, Wanted, widest
@@ -76,7 +75,7 @@ def export_llava(folder: Path, destination: Path, dtype: str | None = None) -> d
                 setattr(options, name, getattr(read_options(plain), name))
         assert options.vision and options.vision.weights and options.connector
         tower = None if "vision" in changed else _name_of_tower(options.vision.weights)
-        model = VisionLanguageModel.from_pretrained(plain).to(best_device())
+        model = placed(VisionLanguageModel.from_pretrained(plain))
         batch = probe(model)
         pixels = model.vision.normalise(batch.images, torch.float32)
         ours = logits(model)

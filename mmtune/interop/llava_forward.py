@@ -14,7 +14,7 @@ from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from mmtune.data.batches import Batch
 from mmtune.data.chat import IMAGE_ID
-from mmtune.evaluation.generate import best_device
+from mmtune.interop.comparison import placed
 from mmtune.interop.source import Source
 from mmtune.interop.weights import Stored
 
@@ -25,22 +25,23 @@ def own_logits(found: Source, batch: Batch, pixels: torch.Tensor) -> torch.Tenso
     that is no padding. pixels: [N, 3, S, S], normalised. Row by row, so that there is no padding; LoRA is
     added to the weights as W + (alpha / r) B A.
     """
-    device = best_device()
-    tower = _in_fp32(CLIPVisionModel, found.vision, _read(found.tensors["vision"])).to(device)
-    hidden = tower(pixel_values=pixels.to(device), output_hidden_states=True).hidden_states[found.layer]
-    weights = {name: tensor.float().to(device) for name, tensor in _read(found.tensors["connector"]).items()}
-    shown = iter(_projected(hidden[:, 1:], weights))
+    tower = _in_fp32(CLIPVisionModel, found.vision, _read(found.tensors["vision"]))
+    seen = tower(pixel_values=pixels.to(tower.device), output_hidden_states=True).hidden_states[found.layer]
+    projector = {name: tensor.float() for name, tensor in _read(found.tensors["connector"]).items()}
+    shown = iter(_projected(seen[:, 1:].cpu(), projector))
     weights = _read(found.tensors["language"])
     for layer, update in _updates(found).items():
         weights[layer] = weights[layer].float() + update
-    language = _in_fp32(LlamaForCausalLM, found.language, weights).to(device)
+    del tower
+    language = _in_fp32(LlamaForCausalLM, found.language, weights)
+    device = language.device
     made = []
-    for padded, mask in zip(batch.input_ids.to(device), batch.attention_mask.bool().to(device), strict=True):
-        ids = padded[mask]
+    for padded, mask in zip(batch.input_ids, batch.attention_mask.bool(), strict=True):
+        ids = padded[mask].to(device)
         places = (ids == IMAGE_ID).nonzero().flatten()
         embeddings = language.get_input_embeddings()(ids.clamp(min=0))
         while len(places):
-            features = next(shown)
+            features = next(shown).to(device)
             embeddings[places[: len(features)]] = features
             places = places[len(features) :]
         made.append(language(inputs_embeds=embeddings[None]).logits[0].cpu())
@@ -67,7 +68,8 @@ def _updates(found: Source) -> dict[str, torch.Tensor]:
 
 
 def _in_fp32(cls: Any, config: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    return cls.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32).eval()
+    made = cls.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
+    return placed(made.eval())
 
 
 def _read(tensors: dict[str, Stored]) -> dict[str, torch.Tensor]:

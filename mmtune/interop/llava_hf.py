@@ -18,8 +18,8 @@ from mmtune.core.errors import Fault, UserError
 from mmtune.core.files import read_json
 from mmtune.data.batches import Batch
 from mmtune.data.chat import IMAGE_ID
-from mmtune.evaluation.generate import best_device
 from mmtune.interop.chat_templates import chat_format, taking_text, template_of
+from mmtune.interop.comparison import placed
 from mmtune.interop.source import Source, Wanted
 from mmtune.interop.weights import Stored, checkpoint
 from mmtune.parts.language import load_tokenizer
@@ -107,7 +107,7 @@ def own_logits(folder: Path, batch: Batch, pixels: torch.Tensor) -> torch.Tensor
     position of the batch that is no padding. pixels: [N, 3, S, S], normalised.
     """
     model: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    return class_logits(model.to(best_device()).eval(), model.config.image_token_index, batch, pixels)
+    return class_logits(placed(model.eval()), model.config.image_token_index, batch, pixels)
 
 
 @torch.no_grad()

@@ -16,8 +16,7 @@ from transformers import CLIPConfig, GenerationConfig, LlavaConfig
 from mmtune.core.errors import Fault, UserError
 from mmtune.core.files import read_json, replacing_folder, write_json
 from mmtune.core.versions import versions
-from mmtune.evaluation.generate import best_device
-from mmtune.interop.comparison import Compared, compare, logits, probe, refuse_unlike
+from mmtune.interop.comparison import Compared, compare, logits, placed, probe, refuse_unlike
 from mmtune.interop.llava_hf import own_logits, unfitting
 from mmtune.interop.llava_hf_processor import compare_processor, prompts, write_processor
 from mmtune.interop.merged import ROUNDED, SAME, export_merged
@@ -52,7 +51,7 @@ def export_llava_hf(folder: Path, destination: Path, dtype: str | None = None) -
             plain = partial / "merged"
             merging = export_merged(folder, plain, dtype or "float32")
             rows += [Compared(**row) for row in merging["comparison"]]
-        model = VisionLanguageModel.from_pretrained(plain).to(best_device())
+        model = placed(VisionLanguageModel.from_pretrained(plain))
         ours = logits(model)
         if dtype:
             exact = ours

@@ -12,8 +12,7 @@ from torch import nn
 from mmtune.core.errors import UserError
 from mmtune.core.files import replacing_folder, shipped, write_json
 from mmtune.core.versions import versions
-from mmtune.evaluation.generate import best_device
-from mmtune.interop.comparison import Compared, compare, logits, refuse_unlike
+from mmtune.interop.comparison import Compared, compare, logits, placed, refuse_unlike
 from mmtune.parts.fingerprint import model_hash
 from mmtune.parts.loading import torch_dtype
 from mmtune.parts.model import VisionLanguageModel, read_options
@@ -101,7 +100,7 @@ def lost_to_rounding(model: VisionLanguageModel, dtype: torch.dtype) -> float:
 
 
 def _load(folder: Path, dequantize: bool = False) -> VisionLanguageModel:
-    return VisionLanguageModel.from_pretrained(folder, dequantize=dequantize).to(best_device())
+    return placed(VisionLanguageModel.from_pretrained(folder, dequantize=dequantize))
 
 
 def _checked(compared: Compared, folder: Path) -> Compared:

@@ -16,8 +16,7 @@ from transformers import LlavaForConditionalGeneration
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, replacing_folder, write_json
 from mmtune.core.versions import versions
-from mmtune.evaluation.generate import best_device
-from mmtune.interop.comparison import compare, logits, probe, refuse_unlike
+from mmtune.interop.comparison import compare, logits, placed, probe, refuse_unlike
 from mmtune.interop.llava_hf import class_logits
 from mmtune.interop.llava_hf_export import llava_config
 from mmtune.interop.merged import SAME
@@ -69,7 +68,7 @@ def export_peft(folder: Path, destination: Path, for_llava_hf: bool = False) -> 
     with replacing_folder(destination) as partial:
         save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
         write_json(partial / CONFIG, config)
-        model = VisionLanguageModel.from_pretrained(folder).to(best_device())
+        model = placed(VisionLanguageModel.from_pretrained(folder))
         ours = logits(model)
         model.adapters.pop("language").unload()
         if for_llava_hf:

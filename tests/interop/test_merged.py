@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mmtune.cli import main
 from mmtune.core.errors import UserError
-from mmtune.interop import merged
+from mmtune.interop import comparison, merged
 from mmtune.interop.comparison import compare, logits, probe
 from mmtune.interop.merged import export_merged
 from mmtune.parts.loading import torch_dtype
@@ -204,3 +204,21 @@ def test_no_number_is_no_agreement() -> None:
     good = torch.ones(2, 3)
     with pytest.raises(UserError, match="differ by nan"):
         merged._checked(compare("it", good, good * float("nan"), 1e-4), Path("here"))
+
+
+@pytest.mark.parametrize(("free", "moves"), [(2**30 + 4096, False), (2**30 + 5000, True)])
+def test_a_model_goes_where_there_is_room(monkeypatch: pytest.MonkeyPatch, free: int, moves: bool) -> None:
+    """4096 bytes of weights, an eighth more and 1 GB."""
+    gpu = torch.device("cuda", 0)
+    layer = torch.nn.Linear(32, 32, bias=False)
+    went = []
+
+    def to(device: torch.device) -> torch.nn.Linear:
+        went.append(device)
+        return layer
+
+    monkeypatch.setattr(layer, "to", to)
+    monkeypatch.setattr(comparison, "best_device", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**40))
+    assert comparison.placed(layer) is layer
+    assert went == ([gpu] if moves else [])

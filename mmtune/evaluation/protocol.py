@@ -135,8 +135,9 @@ class Protocol:
         questions = read_questions(self.for_split(split), file)
         if self.question_files:
             questions = asked_from(self.question_file(split, root), questions)
+        asked = self.for_split(split)
         for question in questions:  # what cannot be asked is said before a model is loaded
-            self.for_split(split).turns(question)
+            asked.turns(question)
         return questions, file
 
     def _where_it_comes_from(self) -> str:

@@ -53,7 +53,7 @@ def score_file(
     broken or do not belong together.
     """
     find_rule(protocol, rule)
-    with _no_collection():
+    with no_collection():
         questions = read_questions(protocol, annotations)
         try:
             found = read_predictions(predictions, questions)
@@ -74,7 +74,7 @@ def _of_a_sample(error: UserError, protocol: Protocol) -> UserError:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """No search for garbage: a million new objects without a cycle would be searched again and again."""
     was_on = gc.isenabled()
     gc.disable()

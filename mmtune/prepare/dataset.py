@@ -22,10 +22,10 @@ from mmtune.core.table import nearest
 from mmtune.data.cards import Card, load_card
 from mmtune.evaluation.metrics.base import Question, an_object
 from mmtune.evaluation.protocol import Protocol, load_protocol
-from mmtune.evaluation.score import read_questions
+from mmtune.evaluation.score import no_collection, read_questions
 from mmtune.prepare import converted, pictures
 from mmtune.prepare.composed import compose_all
-from mmtune.prepare.originals import Original, Originals, absent, compare, link, load_originals, place, sha256
+from mmtune.prepare.originals import Original, Originals, absent, link, load_originals, place, sha256
 from mmtune.prepare.training import VERSION, asking, samples, write_samples
 
 MANIFEST = "prepared.json"
@@ -85,7 +85,7 @@ def prepare(
     if faults := absent(needed, source, root, known.licence):
         raise UserError.of(faults)
     job = Job(known, source, root, chosen, partial, seed)
-    with alone_in(root):
+    with alone_in(root), no_collection():
         path = root / MANIFEST
         before: dict[str, Any] = {"originals": {}, "questions": {}, "made": {}, "converted": {}}
         before |= an_object(read_json(path), path, "Move it away.") if path.is_file() else {}
@@ -130,8 +130,6 @@ def _place_all(job: Job, wanted: Sequence[Original], before: dict[str, Any]) -> 
             if target.is_dir():
                 found[path] = {"folder": True}
                 continue
-            if not job.partial and original.name == target.name:
-                compare(target, original)
             found[path] = {"bytes": target.stat().st_size, "sha256": sha256(target)}
             if path in before and before[path] != found[path]:
                 mend = f"Fetch the former, or move {MANIFEST} away, and what it says was made."

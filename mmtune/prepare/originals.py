@@ -139,7 +139,7 @@ def place(original: Original, source: Path, root: Path, exact: bool) -> Iterator
     """Brings an original, which is there, to where it is read; says of each step what it is, before it.
 
     What is in place already stays, but for a link of before where `source` has another.
-    exact: compares an archive with its published hash. Raises UserError where it is another, and for an
+    exact: compares a download with its published hash. Raises UserError where it is another, and for an
     archive that is broken or lacks what it should hold.
     """
     archive = _archive(original, source, root)
@@ -147,6 +147,8 @@ def place(original: Original, source: Path, root: Path, exact: bool) -> Iterator
     for path in original.paths:
         target = root / path
         found = find(path, [original.inside, *original.also_in], source, root)
+        if exact and found is not None and found.name == original.name:  # the download itself, no archive
+            compare(found, original)
         if target.exists() and not (target.is_symlink() and found and not found.samefile(target)):
             continue
         if found is not None:

@@ -59,6 +59,7 @@ def test_real_problems(real_data: Path, tmp_path: Path) -> None:
     apart, composed = read(folder, "choose_img"), read(folder, "choose_img", composed="composed")
     assert [question.choices for question in composed] == [tuple("ABCD"[: len(q.choices)]) for q in apart]
     assert [question.answer_index for question in composed] == [q.answer_index for q in apart]
+    assert [question.answers for question in composed] == [("ABCDE"[q.answer_index or 0],) for q in apart]
     root = tmp_path / "set"
     root.mkdir()
     for question in apart:

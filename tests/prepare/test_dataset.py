@@ -223,6 +223,7 @@ def test_counts_and_hashes_are_the_official_ones_or_said_not_to_be(
     assert not list(tmp_path.glob("gqa/train_gqa.json")) and not (tmp_path / "gqa" / MANIFEST).exists()
     assert prepare("textvqa", originals / "textvqa", tmp_path / "textvqa", partial=False) == 2
     assert "its SHA-256 is not that of the published file, 4ceb5aad" in capsys.readouterr().err
+    assert not list((tmp_path / "textvqa").iterdir())
     assert prepare("gqa", originals / "gqa", tmp_path / "gqa") == 0
     assert "partial: taken as it is" in capsys.readouterr().out
     assert load(tmp_path / "gqa" / MANIFEST)["partial"] is True

@@ -17,7 +17,7 @@ from typing import Any
 import mmtune
 from mmtune.core.config import to_dict
 from mmtune.core.errors import Fault, UserError
-from mmtune.core.files import alone_in, read_json, write_json
+from mmtune.core.files import alone_in, read_json, read_text, write_json, write_text
 from mmtune.core.table import nearest
 from mmtune.data.cards import Card, load_card
 from mmtune.evaluation.metrics.base import Question, an_object
@@ -26,7 +26,7 @@ from mmtune.evaluation.score import no_collection, read_questions
 from mmtune.prepare import converted, pictures
 from mmtune.prepare.composed import compose_all
 from mmtune.prepare.originals import Original, Originals, absent, link, load_originals, place, sha256
-from mmtune.prepare.training import VERSION, asking, samples, write_samples
+from mmtune.prepare.training import VERSION, as_text, asking, samples
 
 MANIFEST = "prepared.json"
 TRAINING = ("train", "restval")  # splits that are trained on, never scored
@@ -93,7 +93,14 @@ def prepare(
         originals = _place_all(job, wanted, before["originals"])
         asked = _read_all(job)
         counted = _count(job, asked)
-        made = _make_all(job, asked, before["made"])
+        for each in asked:
+            if each.is_composed:
+                _compose(job, each)
+        made = {}
+        for each in asked:
+            if each.card is not None:
+                name = each.card.splits[each.split]
+                made[name] = _make(job, each, each.card, before["made"].get(name))
         after = {
             "dataset": name,
             "licence": known.licence,
@@ -213,58 +220,54 @@ def _missing(job: Job, questions: Sequence[Question], folder: Path) -> list[str]
     return pictures.missing(questions, folder)
 
 
-def _make_all(job: Job, asked: Sequence[Asked], before: dict[str, Any]) -> dict[str, Any]:
-    """The composed pictures and the cards' training files, as far as they are not made already.
+def _compose(job: Job, each: Asked) -> None:
+    """Draws the pictures in which a question's and its options' are one."""
+    options = {key: value for key, value in each.protocol.options.items() if key != "composed"}
+    annotations = job.root / each.protocol.annotations[each.split]
+    apart = read_questions(replace(each.protocol, options=options), annotations)
+    folder = job.root / each.protocol.images
+    said = f"{folder / each.protocol.options['composed']}: {len(each.questions):,} pictures"
+    print(f"  {said}", end="", flush=True)
+    print(f", {compose_all(apart, each.questions, folder):,} of them drawn now")
 
-    Raises UserError where a file has been changed since, or is not one that was made here.
+
+def _make(job: Job, each: Asked, card: Card, before: dict[str, Any] | None) -> dict[str, Any]:
+    """Makes a card's training file where it is not made already. Returns what the manifest says of it.
+
+    Raises UserError for a file in its place that is not one made here, or was changed since.
     """
-    made: dict[str, Any] = {}
-    for each in asked:
-        protocol, questions, folder = each.protocol, each.questions, job.root / each.protocol.images
-        if each.is_composed:
-            options = {key: value for key, value in protocol.options.items() if key != "composed"}
-            apart = read_questions(
-                replace(protocol, options=options), job.root / protocol.annotations[each.split]
-            )
-            target = folder / protocol.options["composed"]
-            print(f"  {target}: {len(questions):,} pictures", end="", flush=True)
-            print(f", {compose_all(apart, questions, folder):,} of them drawn now")
-        if each.card is None:
-            continue
-        name = each.card.splits[each.split]
-        lost = set(pictures.missing(questions, folder))
-        there = [question for question in questions if not lost.intersection(question.images)]
-        origin = _origin(job, each, sorted(lost))
-        made[name] = before.get(name) if _is_made(job.root / name, before.get(name), origin) else None
-        if made[name] is None:
-            rows = samples(each.card, protocol, there, job.seed)
-            write_samples(job.root / name, rows)
-            made[name] = {
-                "card": each.card.name,
-                "split": each.split,
-                "samples": len(rows),
-                "left_out": {
-                    "without_picture": len(questions) - len(there),
-                    "without_answer": _mute(each, there),
-                },
-                "sha256": sha256(job.root / name),
-                "origin": origin,
-            }
-        said = f"{made[name]['samples']:,} samples, card {each.card.name}, split {each.split}"
-        for why, count in made[name]["left_out"].items():
-            said += f"; {count:,} questions {why.replace('_', ' ')} left out" if count else ""
-        print(f"  {job.root / name}: {said}")
+    path = job.root / card.splits[each.split]
+    lost = set(pictures.missing(each.questions, job.root / each.protocol.images))
+    there = [question for question in each.questions if not lost.intersection(question.images)]
+    origin = _origin(job, each, card, sorted(lost))
+    as_made = before is not None and path.exists() and sha256(path) == before["sha256"]
+    if before is not None and as_made and before["origin"] == origin:
+        made = before
+    else:
+        rows = samples(card, each.protocol, there, job.seed)
+        text = as_text(rows)
+        if path.exists() and not as_made and read_text(path) != text:
+            what = "it was not made here" if before is None else "it has been changed since it was made"
+            mend = "Move it away: it is made anew, and would be overwritten."
+            raise UserError(what, where=path, mend=mend)
+        write_text(path, text)
+        left_out = {
+            "without_picture": len(each.questions) - len(there),
+            "without_answer": sum(not any(answer.strip() for answer in q.answers) for q in there),
+        }
+        described = {"card": card.name, "split": each.split, "samples": len(rows), "left_out": left_out}
+        made = {**described, "sha256": sha256(path), "origin": origin}
+    said = f"{made['samples']:,} samples, card {card.name}, split {each.split}"
+    for why, count in made["left_out"].items():
+        said += f"; {count:,} questions {why.replace('_', ' ')} left out" if count else ""
+    print(f"  {path}: {said}")
     return made
 
 
-def _mute(each: Asked, questions: Sequence[Question]) -> int:
-    return sum(not any(answer.strip() for answer in question.answers) for question in questions)
-
-
-def _origin(job: Job, each: Asked, lost: Sequence[str]) -> str:
+def _origin(job: Job, each: Asked, card: Card, lost: Sequence[str]) -> str:
     """A hash of all that a training file is made of."""
     decides = {
-        "card": to_dict(each.card),
+        "card": to_dict(card),
         "protocol": each.protocol.hash,
         "files": [sha256(file) for file in each.protocol.files(each.split, job.root)],
         "lost": list(lost),
@@ -274,24 +277,22 @@ def _origin(job: Job, each: Asked, lost: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _is_made(path: Path, before: dict[str, Any] | None, origin: str) -> bool:
-    """Whether a file is there as it would be made. Raises UserError for one that would be overwritten."""
-    if not path.exists():
-        return False
-    if before is None or sha256(path) != before["sha256"]:
-        what = "it was not made here" if before is None else "it has been changed since it was made"
-        raise UserError(what, where=path, mend="Move it away: it is made anew, and would be overwritten.")
-    return bool(before["origin"] == origin)
-
-
 def _convert_all(job: Job) -> dict[str, Any]:
-    """Checks and links the files that others made of the set, and makes those that stand in for one."""
+    """Checks and links the files that others made of the set, and makes those that stand in for one.
+
+    Raises UserError with the faults of all of them.
+    """
     used: dict[str, Any] = {}
+    faults: list[Fault] = []
     for each in job.known.converted:
         target = job.root / each.path
         found = converted.found_in(each, job.source, job.root)
         if found is not None:
-            use = converted.check(each, found, job.root, job.partial)
+            try:
+                use = converted.check(each, found, job.root, job.partial)
+            except UserError as error:
+                faults += error.faults
+                continue
             if found != target:
                 link(target, found)
             used[each.path] = {"whose": each.whose, "sha256": sha256(found)}
@@ -303,4 +304,6 @@ def _convert_all(job: Job) -> dict[str, Any]:
             link(target, own)
             used[each.path] = {"whose": "made here", "sha256": sha256(own)}
             print(f"  {target}: made here in place of {each.whose}, as {own.name}; --tasks {each.task}")
+    if faults:
+        raise UserError.of(faults)
     return used

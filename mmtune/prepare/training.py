@@ -7,10 +7,8 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from mmtune.core.files import write_text
 from mmtune.data.cards import Card
 from mmtune.evaluation.metrics.base import Question
 from mmtune.evaluation.protocol import Protocol, load_protocol
@@ -72,7 +70,7 @@ def majority(answers: Sequence[str]) -> str:
     return next(answer for answer in written if answer.casefold() == most)
 
 
-def write_samples(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """A LLaVA training file, a sample to a line, written whole or not at all."""
+def as_text(rows: Sequence[dict[str, Any]]) -> str:
+    """A LLaVA training file: a list in JSON, a sample to a line."""
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    write_text(path, f"[\n{lines}\n]\n")
+    return f"[\n{lines}\n]\n"

@@ -313,6 +313,16 @@ def test_what_has_changed_since_is_seen(
     assert "train_gqa.json: it was not made here" in capsys.readouterr().err
 
 
+def test_a_call_that_was_cut_off_goes_on(originals: Path, prepared: Path, tmp_path: Path) -> None:
+    """Killed between the training files and the manifest: the same call ends in the same state."""
+    root = tmp_path / "datasets/gqa"
+    assert prepare("gqa", originals / "gqa", root) == 0
+    before = state(root)
+    (root / MANIFEST).unlink()
+    assert prepare("gqa", originals / "gqa", root) == 0
+    assert state(root) == before
+
+
 def test_one_card_after_another(originals: Path, prepared: Path, tmp_path: Path) -> None:
     root = tmp_path / "datasets/iconqa"
     for card in ("iconqa_choose_txt", "iconqa_fill_in_blank"):

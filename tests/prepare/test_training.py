@@ -10,7 +10,7 @@ import pytest
 from mmtune.data.cards import load_card
 from mmtune.data.samples import read_llava
 from mmtune.evaluation.metrics.base import Question
-from mmtune.prepare.training import asking, majority, samples, write_samples
+from mmtune.prepare.training import as_text, asking, majority, samples
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -86,7 +86,7 @@ def test_a_question_without_an_answer_gives_no_sample(tmp_path: Path) -> None:
     card = load_card("ocrvqa")
     rows = samples(card, asking(card), [question(answers=(" ",)), question(id="8")], seed=0)
     assert [row["id"] for row in rows] == ["8"]
-    write_samples(tmp_path / "train.json", rows)
+    (tmp_path / "train.json").write_text(as_text(rows), encoding="utf-8")
     assert json.loads((tmp_path / "train.json").read_text(encoding="utf-8")) == rows
     [sample] = read_llava(tmp_path / "train.json", tmp_path)
     assert sample.images == (tmp_path / "7.png",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,11 +77,11 @@ def _compare(
 ) -> None:
     """Raises UserError for questions that no official one is like: picture, first line and answer."""
     card = Card("", "", "", "", Path())
-    right: dict[tuple[str | None, str], set[str]] = {}
+    right: dict[tuple[str, str], set[str]] = {}
     for question in known:
         [answer] = right_answers(card, official, question)
-        right.setdefault((question.image, _first_line(question)), set()).add(answer.casefold())
-    strangers = [q.id for q in questions if (q.image, _first_line(q)) not in right]
+        right.setdefault(_key(question), set()).add(answer.casefold())
+    strangers = [q.id for q in questions if _key(q) not in right]
     if strangers:
         raise UserError(
             f"questions that are not in {known and official.task}'s annotations: {some(strangers)}",
@@ -90,15 +91,17 @@ def _compare(
     wrong = [
         question.id
         for question in questions
-        if question.answers[0].strip().casefold() not in right[question.image, _first_line(question)]
+        if question.answers[0].strip().casefold() not in right[_key(question)]
     ]
     if wrong:
         mend = "Fetch the file anew, or move it away."
         raise UserError(f"answers that are not the official ones: {some(wrong)}", where=file, mend=mend)
 
 
-def _first_line(question: Question) -> str:
-    return question.text.strip().split("\n", 1)[0].strip().casefold()
+def _key(question: Question) -> tuple[str, str]:
+    """The picture, whatever kind it was saved as, and the first line of the text."""
+    first_line = question.text.strip().split("\n", 1)[0].strip().casefold()
+    return os.path.splitext(question.image or "")[0], first_line
 
 
 def question_rows(card: Card, questions: Sequence[Question]) -> list[dict[str, Any]]:

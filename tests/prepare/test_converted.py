@@ -148,18 +148,21 @@ def test_a_file_of_other_questions_is_refused(
 def test_the_sample_of_ocrvqa(
     name: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Several questions to an id, and every picture a .jpg, as LLaVA saves them."""
+    for cover in source.glob("images/*.png"):
+        cover.rename(cover.with_suffix(".jpg"))
     books = load(source / "dataset.json")
     rows = [
         {"question_id": book, "image": f"{book}.jpg", "text": q + SHORT, "answer": a, "category": "default"}
         for book, row in books.items()
-        if row["split"] == 3 and row["imageURL"].endswith("jpg")
+        if row["split"] == 3
         for q, a in zip(row["questions"], row["answers"], strict=True)
     ]
-    lines(source / "OCRVQA/sampled_ocrvqa_test.jsonl", *rows)
+    lines(source / "LoRASculpt_JSON_files/OCRVQA/sampled_ocrvqa_test.jsonl", *rows)
     assert prepare("ocrvqa", tmp_path) == 0
     assert "--tasks ocrvqa_lorasculpt --output_path DIR" in capsys.readouterr().out
     asked, _ = load_protocol("ocrvqa_lorasculpt").questions(root=tmp_path / "ocrvqa")
-    assert len(asked) == len(rows) == 14
+    assert len(asked) == len(rows) == 16
 
 
 def test_real_textvqa_with_llavas_question_file(

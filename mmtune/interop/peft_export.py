@@ -72,7 +72,7 @@ def export_peft(folder: Path, destination: Path, for_llava_hf: bool = False) -> 
         ours = logits(model)
         model.adapters.pop("language").unload()
         if for_llava_hf:
-            what = "transformers' class with peft"
+            what = "transformers and peft"
             theirs = _llava_logits(model, folder, partial, blank_connector="connector" in own)
         else:
             what = "with peft"

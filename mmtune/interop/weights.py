@@ -18,7 +18,8 @@ from mmtune.core.files import read_json, write_json
 
 COPY = "Copy the folder anew from where it came; it must be whole."
 SHARD = 5 * 10**9  # bytes, as transformers
-_SMALL = ("*.json", "*.jinja", "*.model", "*.txt")  # configs, tokenizers, chat templates
+# Configs, tokenizers, chat templates; and what LLaVA keeps in .bin whatever the rest is in.
+_SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "mm_projector.bin", "non_lora_trainables.bin")
 _NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
 
 

@@ -174,8 +174,9 @@ def test_where_the_tower_is_looked_for(tmp_path: Path, clip: Path, monkeypatch: 
     source = original.save_llava(tmp_path / "source", hub)
     asked = []
 
-    def download(name: str, **_: Any) -> str:
+    def download(name: str, allow_patterns: list[str]) -> str:
         asked.append(name)
+        assert "non_lora_trainables.bin" in allow_patterns  # beside an adapter in safetensors
         return str(clip)
 
     monkeypatch.setattr(interop_weights, "snapshot_download", download)

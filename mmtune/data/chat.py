@@ -16,7 +16,8 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations
+from datetime import date
+from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Literal
 
 from mmtune.core.errors import UserError
@@ -30,6 +31,10 @@ IGNORE = -100
 _PICTURE = re.compile(f"({IMAGE})")
 
 FORMATS = ("template", "vicuna_v1", "plain")
+# Some templates write today's date. Here it is always this day, as Llama 3.1 has it where none is given, so
+# that a model is asked as it was trained, whenever that is.
+_DAY = date(2024, 7, 26)
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _OTHER = "Name another chat format under model.language.chat, for example vicuna_v1."
 # Whose texts a chat template may trim: nobody's, or those of some roles.
 _TRIMMED = [some for count in range(4) for some in combinations(("system", "user", "assistant"), count)]
@@ -93,6 +98,7 @@ class Chat:
                 mend="Name another chat format under model.language.chat, for example template.",
             )
         self.tokenizer = tokenizer
+        self._written = _of_one_day(str(tokenizer.get_chat_template())) if format == "template" else None
         self.format = format
         self.image_tokens = image_tokens
         self.context = context
@@ -170,6 +176,15 @@ class Chat:
         missing = [turn.role for turn, mark in zip(turns, marks, strict=True) if mark not in whole]
         if missing:
             raise UserError(f"the tokenizer's chat template leaves out the {missing[0]}'s turn", mend=_OTHER)
+        places = [whole.index(mark) for mark in marks]
+        if moved := [
+            turn.role for turn, (one, other) in zip(turns[:-1], pairwise(places), strict=True) if one > other
+        ]:
+            raise UserError(
+                f"the tokenizer's chat template puts the {moved[0]}'s turn elsewhere once more turns follow, "
+                "so a trained answer would not match its prompt",
+                mend=_OTHER,
+            )
         turns = self._as_written(turns, whole, marks)
         pieces: list[Piece] = []
         done = 0
@@ -191,6 +206,8 @@ class Chat:
             prompt = self._render(messages[:i], generation=True)
             advance(prompt[done:])
             until = self._render(messages[: i + 1], generation=False)
+            if not whole.startswith(until):  # Phi-3 ends each text once more, after the last turn's own end
+                until = until.removesuffix(self.tokenizer.eos_token)
             answer, mark, ending = until[done:].partition(marks[i])
             if not mark:
                 raise UserError("the tokenizer's chat template leaves out the assistant's turn", mend=_OTHER)
@@ -223,7 +240,9 @@ class Chat:
 
         try:
             return str(
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+                self.tokenizer.apply_chat_template(
+                    messages, chat_template=self._written, tokenize=False, add_generation_prompt=generation
+                )
             )
         except jinja2.TemplateError as error:
             raise UserError(
@@ -312,6 +331,14 @@ class Chat:
             raise UserError(f"the tokenizer reads a special token in what is said: {text[:40]!r}")
         cut = found.start() + 1
         return self._raw(text[:cut]) + (self._continued if self._dummy_space else self._raw)(text[cut:])
+
+
+def _of_one_day(template: str) -> str:
+    """A chat template that writes the same date every day. Raises UserError where it cannot be made one."""
+    fixed = _TODAY.sub(lambda asked: repr(_DAY.strftime(asked[2])), template)
+    if "strftime_now(" in fixed:
+        raise UserError("the tokenizer's chat template writes another date every day", mend=_OTHER)
+    return fixed
 
 
 def _split_at_marks(text: str, marks: list[str], turns: list[Turn], supervised: bool) -> list[Piece]:

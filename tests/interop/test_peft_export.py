@@ -75,6 +75,8 @@ def test_on_llava_hf_the_logits_are_ours(tmp_path: Path, base: Path, connector: 
             assert found <= 1e-5
         mine, expected = answers(model, theirs, pictures)
         assert mine == expected
+    # peft would put the connector in its place without being told, but not save or switch it with the adapter.
+    assert any(".modules_to_save." in name for name, _ in theirs.named_parameters()) == connector
     layers = {name for name, module in theirs.named_modules() if hasattr(module, "lora_A")}
     assert layers and all(name.startswith(PREFIX + "layers.") for name in layers)
     assert len(layers) == len(load_file(tmp_path / "out/adapter_model.safetensors").keys() - _connector()) / 2

@@ -75,7 +75,7 @@ def test_on_llava_hf_the_logits_are_ours(tmp_path: Path, base: Path, connector: 
             assert found <= 1e-5
         mine, expected = answers(model, theirs, pictures)
         assert mine == expected
-    # peft would put the connector in its place without being told, but not save or switch it with the adapter.
+    # peft would fill in the connector without being told, but not save or switch it with the adapter.
     assert any(".modules_to_save." in name for name, _ in theirs.named_parameters()) == connector
     layers = {name for name, module in theirs.named_modules() if hasattr(module, "lora_A")}
     assert layers and all(name.startswith(PREFIX + "layers.") for name in layers)

@@ -25,6 +25,7 @@ from unittest.mock import patch
 import torch
 
 from mmtune.run import read_run
+from mmtune.training import loop
 from mmtune.training.engine import open_processes
 from mmtune.training.loop import train
 from mmtune.training.meter import Meter
@@ -68,8 +69,40 @@ def looking_on() -> Iterator[None]:
                     seen["moments"] += moment.numel()
                     seen["moments_outside"] += int(moment[outside].count_nonzero())
 
-    with patch.object(SculptTuner, "_hold", holding), patch.object(SculptTuner, "after_step", stepped):
+    save = loop.save_model
+
+    def saving(model: Any, shards: Any, *rest: Any) -> None:
+        seen["held"] = held(model, shards)
+        save(model, shards, *rest)
+
+    with (
+        patch.object(SculptTuner, "_hold", holding),
+        patch.object(SculptTuner, "after_step", stepped),
+        patch.object(loop, "save_model", saving),
+    ):
         yield
+
+
+def held(model: Any, shards: Any) -> dict[str, int]:
+    """The bytes of this process's own tensors: weights that don't train, those that do with their masters,
+    and moments.
+    """
+
+    def mine(tensor: Any) -> int:
+        piece = tensor.to_local() if hasattr(tensor, "to_local") else getattr(tensor, "ds_tensor", tensor)
+        return int(piece.nbytes)
+
+    every = [*dict.fromkeys(model.parameters()), *model.buffers()]
+    zero = getattr(shards, "zero", None)
+    masters = getattr(
+        zero, "single_partition_of_fp32_groups", getattr(zero, "fp32_partitioned_groups_flat", [])
+    )
+    moments = [t for kept in shards.optimizer.state.values() for t in kept.values() if t.ndim]
+    return {
+        "frozen weights": sum(mine(t) for t in every if not t.requires_grad),
+        "weights that train": sum(mine(t) for t in every if t.requires_grad) + sum(map(mine, masters)),
+        "Adam's moments": sum(map(mine, moments)),
+    }
 
 
 @contextmanager

@@ -17,9 +17,11 @@ import pytest
 import torch
 
 from mmtune.core.errors import UserError
+from mmtune.run import read_run
 from mmtune.training.engine import check_engine
 from mmtune.training.loop import train
 from tests.training import engine_runs
+from tests.training.test_memory import estimated
 from tests.world import FROZEN, FULL, PENALTY, SCULPT, metrics, run_file, run_options, trained
 
 ROOT = Path(__file__).parents[2]
@@ -285,3 +287,13 @@ def test_what_the_processes_are_not_is_said(world: Path, tmp_path: Path, monkeyp
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UserError, match="the launcher set ACCELERATE_USE_DEEPSPEED"):
         check_engine(settings)
+
+
+@pytest.mark.parametrize("variant", ["whole", "bf16"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_process_holds_what_the_memory_table_says(folder: Path, engine: str, variant: str) -> None:
+    run = folder / f"{variant}_{engine}"
+    found = json.loads(run.with_name(f"{run.name}.0.json").read_text())["held"]
+    lines = estimated(read_run(run.with_name(f"{run.name}.yaml")), processes=2).own.lines
+    # A row that nobody can share makes the first process's piece of a tensor one row larger.
+    assert {name: lines[name] for name in found} == pytest.approx(found, abs=64 if engine == "fsdp2" else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partialmethod
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from mmtune.parts.model import VisionLanguageModel, assemble
 from mmtune.parts.outline import outline_of
@@ -17,8 +19,8 @@ from mmtune.parts.spec import PARTS, ModelOptions
 from mmtune.run import RunOptions
 from mmtune.training import loop, memory
 from mmtune.training.engine import Engine
-from mmtune.training.memory import Estimate, estimate, packed_bytes
-from mmtune.training.rehearsal import Shape
+from mmtune.training.memory import GIB, Column, Estimate, estimate, packed_bytes, print_estimate
+from mmtune.training.rehearsal import Passes, Shape
 from mmtune.tuning.base import Tuner
 from mmtune.tuning.joined import DriftPenalty
 from mmtune.tuning.sculpt import SculptTuner
@@ -115,3 +117,49 @@ def test_packed_weights_take_what_bitsandbytes_holds(world: Path, kind: Any) -> 
     assert rest + packed == real
     assert largest == 2 * 48 * 32
     assert packed_bytes(4096, 4096, "nf4") / 4096**2 == pytest.approx(0.5 + 1 / 64 + 4 / 64 / 256, rel=1e-3)
+
+
+def column(engine: str, quantize: str | None, weights: float) -> Column:
+    return Column(engine, quantize, {"frozen weights": int(weights * GIB), "gradients": 0}, working=0)
+
+
+def printed(made: Estimate, width: int = 80, limit: float = 24) -> str:
+    out = io.StringIO()
+    print_estimate(made, "bfloat16", limit, "train.max_length", Console(file=out, width=width))
+    return out.getvalue()
+
+
+def test_what_does_not_fit_is_told_what_does() -> None:
+    columns = [column("ddp", None, 22), column("zero3", None, 6), column("ddp", "nf4", 5)]
+    passes = {True: Passes(GIB, 2 * GIB), False: Passes(20 * GIB, 21 * GIB)}
+    made = Estimate(columns, passes, Shape(4, 640, 4, 64), processes=4, checkpointing=True)
+    out = printed(made)
+    needed = (22 + 2) * 1.04 + 0.75
+    assert f"This run, DDP, checkpointed: {needed:.2f} GiB, does not fit." in out
+    assert "What does: ZeRO-3, checkpointed; DDP nf4, checkpointed." in out
+    assert "A smaller train.micro_batch_size takes less" in out
+    assert "Nothing in the table does." in printed(made, limit=4)
+    fits = printed(replace(made, columns=columns[1:]))
+    assert "This run, ZeRO-3, checkpointed: 9.07 GiB, fits." in fits and "What does" not in fits
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_has_room(width: int) -> None:
+    columns = [column(engine, None, 123) for engine in ("zero1", "ddp", "zero2", "zero3", "fsdp2")]
+    columns.append(column("ddp", "nf4", 123))
+    made = Estimate(columns, dict.fromkeys((True, False), Passes(0, 0)), Shape(1, 2048, 1, 64), 4, True)
+    table = printed(made, width).split("For 4 processes")[0]
+    assert max(map(len, table.splitlines())) <= width
+    assert "DDP nf4" in table and table.count("123.00") == 6 and "…" not in table
+
+
+def test_the_runs_own_way_comes_first_and_all_are_told_apart(world: Path, tmp_path: Path) -> None:
+    def ways(processes: int, language: dict[str, Any] = LORA, **train: Any) -> list[str]:
+        tune = {"vision": FROZEN, "connector": FULL, "language": language}
+        stage = run_options(world, tmp_path, tune=tune, train=train).all_stages()[0]
+        return [Column(*way, {}, 0).name for way in memory._ways(stage, None, processes)]
+
+    assert ways(1) == ["one GPU", "one GPU nf4"]
+    assert ways(2, engine="ddp") == ["DDP", "ZeRO-2", "ZeRO-3", "FSDP2", "DDP nf4"]
+    assert ways(2, engine="zero1")[:3] == ["ZeRO-1", "DDP", "ZeRO-2"]
+    assert ways(2, language=FULL, engine="fsdp2") == ["FSDP2", "DDP", "ZeRO-2", "ZeRO-3"]

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from mmtune.core.errors import UserError
+from mmtune.core.files import read_json, write_json
 from mmtune.parts.loading import (
     from_pretrained,
     load_config,
@@ -102,6 +103,10 @@ class LanguageModel(nn.Module):
         if pieces.name == "tokenizer.model" and pieces.is_file():
             # transformers 5 leaves it out; loaders built on 4.x, such as LLaVA's, read nothing else.
             shutil.copyfile(pieces, folder / pieces.name)
+        if getattr(self.tokenizer, "legacy", False):
+            # Left out too; without it text after a special token would lose its dummy space.
+            file = folder / "tokenizer_config.json"
+            write_json(file, {**read_json(file), "legacy": True})
 
     def dequantize(self) -> None:
         """Holds quantised layers as plain fp32 ones of the same values from now on."""

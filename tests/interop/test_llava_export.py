@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor, AutoTokenizer, LlamaConfig, LlavaForConditionalGeneration
 
 from mmtune.cli import main
 from mmtune.core.errors import UserError
@@ -256,8 +256,22 @@ def test_the_command_prints_what_it_did(
     assert "LLaVA's order of things" in printed and f"vision: named {clip}" in printed
 
 
-def test_the_tokenizer_is_read_as_before(tmp_path: Path, clip: Path) -> None:
+@pytest.mark.parametrize("legacy", [True, False])
+def test_the_tokenizer_is_read_as_before(tmp_path: Path, clip: Path, legacy: bool) -> None:
+    """As the source has it, imported, and saved with a language model that was merged."""
     source = original.save_llava(tmp_path / "source", clip)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    original.write(source / "tokenizer_config.json", {**config, "legacy": legacy})
     import_model(str(source), tmp_path / "model")
     model = VisionLanguageModel.from_pretrained(tmp_path / "model")
-    assert model.language.tokenizer.pad_token == "<unk>" and model.language.tokenizer.model_max_length == 2048
+    model.language.save(tmp_path / "saved")
+    text = "Count</s>USER: to 12"
+    plain = LlamaConfig()
+    tokenizers = [
+        AutoTokenizer.from_pretrained(folder, config=plain)
+        for folder in (source, tmp_path / "model/language", tmp_path / "saved")
+    ]
+    assert len({tuple(tokenizer(text).input_ids) for tokenizer in tokenizers}) == 1
+    assert {tokenizer.legacy for tokenizer in tokenizers} == {legacy}
+    assert {tokenizer.pad_token for tokenizer in tokenizers} == {"<unk>"}
+    assert (tmp_path / "saved/tokenizer.model").is_file()

@@ -18,6 +18,7 @@ import argparse
 import errno
 import faulthandler
 import functools
+import gc
 import importlib
 import json
 import os
@@ -77,6 +78,7 @@ def main() -> int:
             )
             wrong += report(died, runs, done, differences(whole, contents(folder / RUN)))
             done += len(died)
+    gc.unfreeze()
     said = "all identical" if not wrong else f"{wrong} runs differ"
     counted = f"{options.kills} kills and {options.faults} full disks in {runs} runs"
     print(f"{counted}, {time.perf_counter() - began:.0f} s: {said}")
@@ -239,6 +241,7 @@ def warm(place: Path) -> None:
                 importlib.import_module(name)
             except Exception:
                 continue  # some are made up by their package and cannot be imported by name
+    gc.freeze()  # no child has to look through it
 
 
 # ---- Killing --------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ after each step.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -142,6 +143,7 @@ def main(jobs: list[dict[str, Any]]) -> None:
     warnings.filterwarnings("ignore")
     rank = open_processes()
     for job in jobs:
+        gc.freeze()  # what is imported by now: each run ends in two collections
         found = run(job)
         name = job.get("name") or Path(job["yaml"]).stem
         Path(job["yaml"]).with_name(f"{name}.{rank}.json").write_text(json.dumps(found))
@@ -149,6 +151,7 @@ def main(jobs: list[dict[str, Any]]) -> None:
             print(f"{name}: {found.get('error', 'done')}", flush=True)
         if "error" in found:  # the other process may wait for this one for good
             sys.exit(1)
+    gc.unfreeze()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -33,8 +33,8 @@ SHARDS = {
     "zero3": "Zero3Shards",
 }
 SPLIT = {"fsdp2", "zero1", "zero2", "zero3"}
-LONG, SHORT, PRUNE = 50, 20, 10
-POINTS = (5, 10, 15)  # before, at and after the prune
+LONG, SHORT, PRUNE = 30, 10, 5
+POINTS = (3, 5, 8)  # before, at and after the prune
 CONSTANT = {**PENALTY, "kind": "constant", "reduction": "sum", "scaled": True}
 RELAY = max(3 * len(ENGINES) + 6, PRUNE + 2)
 TUNE = {
@@ -128,19 +128,19 @@ def variants(world: Path, folder: Path) -> dict[str, dict[str, Any]]:
         # Three samples are left over at the end of an epoch: a process has nothing to do then.
         "uneven": {
             "data": [{**instructions, "limit": 39}],
-            "train": {"batch_size": 6, "micro_batch_size": 1, "steps": 14},
+            "train": {"batch_size": 6, "micro_batch_size": 1, "steps": 8},
             "tune": {**TUNE, "language": moved},
         },
         "checkpointed": {
-            "train": {"activation_checkpointing": True, "steps": 12},
+            "train": {"activation_checkpointing": True, "steps": 8},
             "tune": {**TUNE, "vision": FULL},
         },
         "kl": {
             "kl": {"weight": 0.3},
-            "train": {"steps": 12, "probe": {"samples": 5, "every": 5}},
+            "train": {"steps": 8, "probe": {"samples": 5, "every": 4}},
             "tune": {**TUNE, "language": {**language, "support": "gradient"}},
         },
-        "bf16": {"model": {"base": str(world / "base"), "dtype": "bfloat16"}, "train": {"steps": 14}},
+        "bf16": {"model": {"base": str(world / "base"), "dtype": "bfloat16"}, "train": {"steps": 8}},
     }
 
 

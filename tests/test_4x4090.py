@@ -27,6 +27,7 @@ SHORT = [
     "train.batch_size=8",
     "train.micro_batch_size=2",
     "train.workers=0",
+    "tune.language.rank=4",
 ]
 SOURCE_TASKS = ["okvqa", "ocrvqa", "gqa", "textvqa_ocr"]
 

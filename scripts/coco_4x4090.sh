@@ -30,7 +30,8 @@ find_mmtune
 
 check_shapes
 import_base
-prepare_data coco okvqa ocrvqa gqa textvqa
+prepare coco_caption coco
+prepare_upstream okvqa ocrvqa gqa textvqa
 check_runs
 
 echo "== the base's scores"

@@ -38,7 +38,7 @@ find_mmtune
 
 import_base
 # shellcheck disable=SC2086
-prepare_data $SETS
+prepare none $SETS
 
 echo "== the base's scores"
 evaluate "$BASE" "$OUT/base"

@@ -29,7 +29,8 @@ find_mmtune
 
 check_shapes
 import_base
-prepare_data iconqa okvqa ocrvqa gqa textvqa
+prepare iconqa_lorasculpt iconqa
+prepare_upstream okvqa ocrvqa gqa textvqa
 check_runs
 
 echo "== the base's scores"

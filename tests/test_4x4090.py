@@ -89,11 +89,6 @@ def test_iconqa_from_the_originals_to_the_report(checkout: Path) -> None:
     assert last["step"] == 4 and 0.05 < last["density_a"] < 0.11
     assert (checkout / "runs/iconqa/report/report.html").is_file()
 
-    again = run(checkout, "iconqa_4x4090.sh", "lorasculpt", *short)
-    assert again.returncode == 0, again.stdout[-4000:] + again.stderr[-6000:]
-    assert "already done" in again.stdout
-    assert reported(checkout / "runs/iconqa/report")["runs"] == report["runs"]
-
 
 def test_other_scores_of_a_run_that_is_there(checkout: Path) -> None:
     ran = run(checkout, "forgetting_4x4090.sh", SUITE="forgetting", SETS="iconqa okvqa ocrvqa gqa textvqa")

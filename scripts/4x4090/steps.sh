@@ -71,13 +71,25 @@ import_base() {
   if ! [ -f "$BASE/config.json" ]; then mmtune import "$MODEL" "$BASE" --fit pad; fi
 }
 
-# The sets in datasets/, as cards and protocols read them, from the originals in SOURCES.
-prepare_data() {
-  local name
+# prepare CARDS NAME ...: sets in datasets/, as cards and protocols read them, from the originals in SOURCES. CARDS: what
+# is trained on; none where a set is asked alone.
+prepare() {
+  local cards="$1" name
+  shift
   for name in "$@"; do
     echo "== datasets/$name"
-    mmtune data prepare "$name" --source "$SOURCES/$name" ${PARTIAL:+--partial}
+    mmtune data prepare "$name" --source "$SOURCES/$name" --cards "$cards" ${PARTIAL:+--partial}
   done
+}
+
+# prepare_upstream NAME ...: sets that are asked, and that one method also trains on.
+prepare_upstream() {
+  if [[ " ${methods[*]} " == *" lora_replay "* ]]; then
+    local name
+    for name in "$@"; do prepare "$name" "$name"; done
+  else
+    prepare none "$@"
+  fi
 }
 
 # Every fault of every run and its data, before one of them starts.

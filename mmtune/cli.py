@@ -1,26 +1,19 @@
-"""The command `mmtune`. What a subcommand needs is imported only when it is called."""
+"""The command `mmtune`: its subcommands and their arguments. What they do stands in commands.py."""
 
 from __future__ import annotations
 
 import argparse
 import errno
-import json
-import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import mmtune.commands as commands
 from mmtune.core.errors import UserError
 from mmtune.data.chat import FORMATS
 from mmtune.parts.spec import PARTS
 from mmtune.prepare.originals import originals_names
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from mmtune.training.signals import Signals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,15 +51,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="mmtune",
         description="Assemble a vision-language model from parts, tune each part, see what was forgotten.",
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    subcommands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train a run and write runs/NAME")
+    train = subcommands.add_parser("train", help="train a run and write runs/NAME")
     train.add_argument("yaml", type=Path, help="the run's YAML")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.clip=0.5")
     train.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
-    train.set_defaults(run=_train)
+    train.set_defaults(run=commands.train_command)
 
-    check = commands.add_parser(
+    check = subcommands.add_parser(
         "check", help="find every fault of a run and its data; show what is trained on"
     )
     check.add_argument("yaml", type=Path, help="the run's YAML")
@@ -95,9 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--gpu_memory", type=_positive, default=24, metavar="GIB", help="of each GPU (default: 24)"
     )
-    check.set_defaults(run=_check)
+    check.set_defaults(run=commands.check_command)
 
-    evaluate = commands.add_parser("eval", help="a model's scores on tasks or a suite")
+    evaluate = subcommands.add_parser("eval", help="a model's scores on tasks or a suite")
     evaluate.add_argument(
         "--model", type=Path, required=True, help="a model folder, for example runs/NAME/final"
     )
@@ -161,9 +154,9 @@ def _parser() -> argparse.ArgumentParser:
     what_for.add_argument(
         "--skip_done", action="store_true", help="keep results of this very model, made in the same way"
     )
-    evaluate.set_defaults(run=_eval)
+    evaluate.set_defaults(run=commands.eval_command)
 
-    score = commands.add_parser("score", help="score a file of predictions against official annotations")
+    score = subcommands.add_parser("score", help="score a file of predictions against official annotations")
     score.add_argument("--task", required=True, help="its name, or a YAML file of your own")
     score.add_argument("--predictions", type=Path, required=True, help="JSONL or JSON: question_id and text")
     score.add_argument("--annotations", type=Path, required=True, help="the annotation file as published")
@@ -172,9 +165,9 @@ def _parser() -> argparse.ArgumentParser:
         "--split", help="of an annotation file that holds several (default: the reporting one)"
     )
     score.add_argument("--per_sample", type=Path, metavar="FILE", help="write a line per question here")
-    score.set_defaults(run=_score)
+    score.set_defaults(run=commands.score_command)
 
-    report = commands.add_parser("report", help="what was gained and what was forgotten")
+    report = subcommands.add_parser("report", help="what was gained and what was forgotten")
     report.add_argument(
         "--base", type=Path, required=True, help="the folder with the base model's evaluation"
     )
@@ -185,18 +178,18 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--thumbnails", type=_count, default=8, metavar="MB", help="of pictures in report.html (default: 8)"
     )
-    report.set_defaults(run=_report)
+    report.set_defaults(run=commands.report_command)
 
-    compare = commands.add_parser("compare", help="two folders of results, lmms-eval's too, paired")
+    compare = subcommands.add_parser("compare", help="two folders of results, lmms-eval's too, paired")
     compare.add_argument("a", type=Path, metavar="A", help="a folder with results.json, or lmms-eval's")
     compare.add_argument("b", type=Path, metavar="B", help="the same; every difference is B less A")
     compare.add_argument(
         "--task", action="append", default=[], metavar="NAME", help="a task, or NAME_IN_A=NAME_IN_B"
     )
     compare.add_argument("--output_path", type=Path, help="write compare.json here")
-    compare.set_defaults(run=_compare)
+    compare.set_defaults(run=commands.compare_command)
 
-    analyse = commands.add_parser("analyse", help="what adapters did to the weights, and what they share")
+    analyse = subcommands.add_parser("analyse", help="what adapters did to the weights, and what they share")
     analyse.add_argument(
         "adapters",
         type=Path,
@@ -209,18 +202,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     analyse.add_argument("--modules", action="store_true", help="a row for each module, not for each kind")
     analyse.add_argument("--output_path", type=Path, help="write analysis.json and analysis.png here")
-    analyse.set_defaults(run=_analyse)
+    analyse.set_defaults(run=commands.analyse_command)
 
-    sequence = commands.add_parser("sequence", help="a model tuned on one task after another: what it kept")
+    sequence = subcommands.add_parser(
+        "sequence", help="a model tuned on one task after another: what it kept"
+    )
     sequence.add_argument("--base", type=Path, required=True, help="the folder with the base's evaluation")
     sequence.add_argument(
         "stages", type=Path, nargs="+", metavar="AFTER", help="the evaluation after each task"
     )
     sequence.add_argument("--tasks", required=True, help="in the order of tuning, with commas between")
     sequence.add_argument("--output_path", type=Path, required=True)
-    sequence.set_defaults(run=_sequence)
+    sequence.set_defaults(run=commands.sequence_command)
 
-    importing = commands.add_parser("import", help="a model of another project as a model folder, compared")
+    importing = subcommands.add_parser(
+        "import", help="a model of another project as a model folder, compared"
+    )
     importing.add_argument(
         "source", metavar="SRC", help="a folder of llava-hf or of the original LLaVA, or its name on the hub"
     )
@@ -233,9 +230,9 @@ def _parser() -> argparse.ArgumentParser:
     importing.add_argument("--chat", choices=FORMATS, help="the chat format (default: by its files)")
     importing.add_argument("--base", help="what a LoRA or a projector was trained on, a folder or a hub name")
     importing.add_argument("--vision", help="the tower, where not the one that LLaVA's config names")
-    importing.set_defaults(run=_import)
+    importing.set_defaults(run=commands.import_command)
 
-    export = commands.add_parser("export", help="a model in another form, compared by its logits")
+    export = subcommands.add_parser("export", help="a model in another form, compared by its logits")
     export.add_argument(
         "folder", type=Path, metavar="DIR", help="a model folder, for example runs/NAME/final"
     )
@@ -259,14 +256,14 @@ def _parser() -> argparse.ArgumentParser:
         help="of the merged weights (default: float32, since bfloat16 rounds most of a small update away); "
         "with llava-hf and llava of every weight (default: what is not merged stays as it is)",
     )
-    export.set_defaults(run=_export)
+    export.set_defaults(run=commands.export_command)
 
-    sweep = commands.add_parser("sweep", help="train and evaluate a grid of overrides; ends in one report")
+    sweep = subcommands.add_parser("sweep", help="train and evaluate a grid of overrides; ends in one report")
     sweep.add_argument("yaml", type=Path)
     sweep.add_argument("overrides", nargs="*", metavar="key=value")
-    sweep.set_defaults(run=_sweep)
+    sweep.set_defaults(run=commands.sweep_command)
 
-    bench = commands.add_parser("bench", help="what this machine does, as ratios to the plain form")
+    bench = subcommands.add_parser("bench", help="what this machine does, as ratios to the plain form")
     benches = bench.add_subparsers(required=True, metavar="WHAT")
     generating = benches.add_parser("generate", help="answers in batches against one question at a time")
     generating.add_argument("--model", type=Path, default=Path("data/tiny/model"))
@@ -275,7 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     generating.add_argument("--batch_size", type=_positive, default=100)
     generating.add_argument("--data_root", type=Path, help="instead of each protocol's root")
     generating.add_argument("--output_path", type=Path, help="write the figures to this file, as JSON")
-    generating.set_defaults(run=_bench_generate)
+    generating.set_defaults(run=commands.bench_generate_command)
     training = benches.add_parser("train", help="the whole training step of tuners, in turns")
     training.add_argument("--tuners", default="lora,lorasculpt", help="the first is what ratios are to")
     training.add_argument("--width", type=_positive, default=512)
@@ -293,17 +290,17 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--activation_checkpointing", action="store_true")
     training.add_argument("--steps", type=_positive, default=10, help="timed before and after the prune (10)")
     training.add_argument("--output_path", type=Path, metavar="FILE", help="write the figures here, as JSON")
-    training.set_defaults(run=_bench_train)
+    training.set_defaults(run=commands.bench_train_command)
     scoring = benches.add_parser("score", help="predictions scored per second, rule by rule")
     scoring.add_argument("--limit", type=_positive, default=200_000, help="predictions of each rule")
     scoring.add_argument("--output_path", type=Path, metavar="FILE", help="write the same as JSON")
-    scoring.set_defaults(run=_bench_score)
+    scoring.set_defaults(run=commands.bench_score_command)
     penalising = benches.add_parser("penalty", help="the conflict penalty against its plain form")
     penalising.add_argument("--quick", action="store_true", help="small matrices alone, in a few seconds")
     penalising.add_argument("--output_path", type=Path, metavar="FILE", help="write the same as JSON")
-    penalising.set_defaults(run=_bench_penalty)
+    penalising.set_defaults(run=commands.bench_penalty_command)
 
-    data = commands.add_parser("data", help="prepare a dataset")
+    data = subcommands.add_parser("data", help="prepare a dataset")
     actions = data.add_subparsers(required=True, metavar="ACTION")
     prepare = actions.add_parser("prepare", help="make what cards and protocols read")
     prepare.add_argument(
@@ -322,7 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument(
         "--seed", type=int, default=0, help="of the order of the samples, or of the tiny world"
     )
-    prepare.set_defaults(run=_prepare)
+    prepare.set_defaults(run=commands.prepare_command)
     shard = actions.add_parser("shard", help="a LLaVA training file and its pictures as webdataset shards")
     shard.add_argument("file", type=Path, metavar="LLAVA.json", help="or .jsonl")
     shard.add_argument("destination", type=Path, metavar="DST", help="the folder to write; not there yet")
@@ -330,7 +327,7 @@ def _parser() -> argparse.ArgumentParser:
         "--image_root", type=Path, help="what its pictures' paths are relative to (default: its folder)"
     )
     shard.add_argument("--samples_per_shard", type=_positive, default=1000, metavar="N")
-    shard.set_defaults(run=_shard)
+    shard.set_defaults(run=commands.shard_command)
     return parser
 
 
@@ -360,354 +357,6 @@ def _at_least(least: int, text: str) -> int:
     if number < least:
         raise argparse.ArgumentTypeError(f"expected {least} or more, found {text}")
     return number
-
-
-def _check(options: argparse.Namespace) -> None:
-    from mmtune.training.check import Gpus, check_run
-
-    gpus = Gpus(options.processes, options.gpu_memory)
-    check_run(options.yaml, options.overrides, options.samples, options.pictures, options.shapes, gpus)
-    print("no faults")
-
-
-def _train(options: argparse.Namespace) -> None:
-    from mmtune.core.processes import count
-    from mmtune.training.signals import Signals
-
-    go_on = _command("train", str(options.yaml), *options.overrides, "--resume")
-    # With several processes a cluster's SIGTERM comes twice to each: from the cluster and from the launcher.
-    with Signals(go_on, twice=count() == 1) as signals:
-        _train_and_evaluate(options, signals)
-
-
-def _train_and_evaluate(options: argparse.Namespace, signals: Signals) -> None:
-    from mmtune.core.processes import rank, said_once
-    from mmtune.evaluation.evaluate import check_data, evaluate_suite, print_results
-    from mmtune.evaluation.protocol import load_suite
-    from mmtune.run import read_run
-    from mmtune.training.folder import is_finished, open_run
-
-    with said_once():
-        run = read_run(options.yaml, options.overrides)
-        wanted = run.evaluate if run.evaluate and run.evaluate.at_end else None
-        suite = load_suite(wanted.suite) if wanted else None
-        if wanted and suite:  # what is missing is said now, not after hours of training
-            check_data(suite.given, wanted.split, wanted.root, wanted.limit)
-    final, done = run.folder / "final", "already done"
-    if rank() == 0:
-        open_run(run, options.resume)
-    if not is_finished(run):
-        from mmtune.training.loop import train
-
-        train(run, options.resume, signals)
-        done = "trained"
-    if rank() == 0:
-        print(f"{done}: {final}")
-    if not wanted or not suite:
-        return
-    evaluations = evaluate_suite(
-        final,
-        suite,
-        run.folder,
-        wanted.split,
-        wanted.attribution,
-        wanted.scales,
-        wanted.kl,
-        batch_size=wanted.batch_size,
-        limit=wanted.limit,
-        root=wanted.root,
-        dtype=wanted.dtype,
-    )
-    if rank() > 0:
-        return
-    for made in evaluations:
-        print_results(made, _console())
-    written = [
-        run.folder / suite.folder(wanted.split, made["restored"], made.get("scale")) for made in evaluations
-    ]
-    print(f"evaluated: {', '.join(str(place / 'results.json') for place in written)}")
-
-
-def _eval(options: argparse.Namespace) -> None:
-    from mmtune.core.processes import count, rank
-    from mmtune.evaluation.divergence import add_kl
-    from mmtune.evaluation.evaluate import evaluate, parse_gen_kwargs, print_results
-    from mmtune.evaluation.protocol import load_suite
-    from mmtune.evaluation.restore import find_base
-
-    if len(options.restore or []) > 1:
-        raise UserError("it is given more than once", where="--restore", mend="Put back one part at a time.")
-    if options.kl and options.predict_only:
-        raise UserError("--kl adds to scores, and --predict_only makes none", mend="Leave one of them out.")
-    if options.base_results and not options.kl:
-        raise UserError("--base_results is given, but nothing to do with it", mend="Give --kl as well.")
-    if options.kl:
-        find_base(options.model, options.base)  # said now, not after the answers
-        if count() > 1 and not options.base_results:
-            raise UserError(
-                "several processes don't share the base's answers",
-                where="--kl",
-                mend="Give the base's own evaluation, --base_results DIR, or start one process.",
-            )
-    plain = options.kl and not options.restore and options.scale is None
-    tasks = load_suite(options.suite).given if options.suite else options.tasks.split(",")
-    question_files = _question_files(options.question_file)
-    made = evaluate(
-        options.model,
-        tasks,
-        options.output_path,
-        split=options.split,
-        batch_size=options.batch_size,
-        limit=options.limit,
-        root=options.data_root,
-        max_new_tokens=parse_gen_kwargs(options.gen_kwargs),
-        dtype=options.dtype,
-        seed=options.seed,
-        predict_only=options.predict_only,
-        skip_done=options.skip_done,
-        restore=options.restore[0] if options.restore else None,
-        base=None if plain else options.base,
-        scale=options.scale,
-        decode=options.decode,
-        question_files=question_files,
-    )
-    if rank() > 0:
-        return
-    if options.kl:
-        made = add_kl(
-            made,
-            tasks,
-            options.output_path,
-            options.base,
-            options.base_results,
-            options.data_root,
-            question_files,
-        )
-    if not options.predict_only:
-        print_results(made, _console())
-    print(f"results: {options.output_path}")
-
-
-def _question_files(given: Sequence[str] | None) -> dict[str, Path]:
-    files: dict[str, Path] = {}
-    for text in given or ():
-        task, _, file = text.partition("=")
-        if not file or task in files:
-            what = "is given twice" if task in files else "names no file"
-            raise UserError(
-                f"'{text}' {what}", where="--question_file", mend="Write TASK=FILE, once for a task."
-            )
-        files[task] = Path(file)
-    return files
-
-
-def _score(options: argparse.Namespace) -> None:
-    from mmtune.core.files import readable_json, write_text
-    from mmtune.evaluation.protocol import load_protocol
-    from mmtune.evaluation.score import score_file
-
-    protocol = load_protocol(options.task)
-    split = options.split or protocol.report_split
-    score = score_file(protocol.for_split(split), options.predictions, options.annotations, options.rule)
-    for warning in filter(None, (protocol.other_count(split, score.n), *score.warnings)):
-        print(f"mmtune: warning: {warning}", file=sys.stderr)
-    if options.per_sample:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in score.per_question)
-        write_text(options.per_sample, lines)
-    expected = {"expected": protocol.expect[split]} if split in protocol.expect else {}
-    print(readable_json({**score.summary(), "split": split, **expected}))
-
-
-def _report(options: argparse.Namespace) -> None:
-    from mmtune.evaluation.protocol import load_suite
-    from mmtune.evaluation.report import make_report
-    from mmtune.evaluation.terminal import print_report
-
-    suite = load_suite(options.suite)
-    thumbnails = options.thumbnails * 1_000_000
-    report = make_report(options.base, options.runs, suite, options.split, options.output_path, thumbnails)
-    print_report(report, _console())
-
-
-def _compare(options: argparse.Namespace) -> None:
-    from mmtune.evaluation.compare import compare, print_comparison
-
-    report = compare(options.a, options.b, options.task, options.output_path)
-    print_comparison(report, _console())
-    if options.output_path:
-        print(f"Written: {options.output_path / 'compare.json'}")
-
-
-def _analyse(options: argparse.Namespace) -> None:
-    from mmtune.core.files import write_json
-    from mmtune.evaluation.analyse import analyse, print_analysis
-    from mmtune.evaluation.analysis_picture import draw_analysis
-
-    analysis = analyse(options.adapters, options.base)
-    print_analysis(analysis, options.modules, _console())
-    if options.output_path:
-        write_json(options.output_path / "analysis.json", analysis)
-        draw_analysis(analysis, options.output_path / "analysis.png")
-        print(f"Written: {options.output_path / 'analysis.json'}, {options.output_path / 'analysis.png'}")
-
-
-def _sequence(options: argparse.Namespace) -> None:
-    from mmtune.evaluation.sequences import make_sequence, print_sequence
-
-    report = make_sequence(options.base, options.stages, options.tasks.split(","), options.output_path)
-    print_sequence(report, _console())
-    print(f"Written: {options.output_path / 'sequence.json'}")
-
-
-def _import(options: argparse.Namespace) -> None:
-    from mmtune.interop.comparison import Compared, print_compared
-    from mmtune.interop.importing import import_model
-    from mmtune.interop.source import Wanted
-
-    wanted = Wanted(options.fit, options.chat, options.base, options.vision)
-    made = import_model(options.source, options.destination, wanted)
-    print_compared([Compared(**row) for row in made["comparison"]], _console())
-    for note in made["notes"]:
-        print(note)
-    print(f"written: {options.destination}")
-
-
-def _export(options: argparse.Namespace) -> None:
-    from mmtune.interop.comparison import Compared, print_compared
-
-    if options.target and options.to != "peft":
-        raise UserError(f"--for does not go with --to {options.to}", mend="It goes with --to peft.")
-    if options.dtype and options.to == "peft":
-        raise UserError("--dtype does not go with --to peft: an adapter stays as it is")
-    if options.to == "peft":
-        from mmtune.interop.peft_export import export_peft
-
-        made = export_peft(options.folder, options.destination, options.target == "llava-hf")
-    elif options.to == "llava-hf":
-        from mmtune.interop.llava_hf_export import export_llava_hf
-
-        made = export_llava_hf(options.folder, options.destination, options.dtype)
-    elif options.to == "llava":
-        from mmtune.interop.llava_export import export_llava
-
-        made = export_llava(options.folder, options.destination, options.dtype)
-    else:
-        from mmtune.interop.merged import export_merged
-
-        made = export_merged(options.folder, options.destination, options.dtype or "float32")
-    print_compared([Compared(**row) for row in made["comparison"]], _console())
-    if made.get("dequantized"):
-        print(f"The base was held in {made['dequantized']}; it is dequantised: the same values, unpacked.")
-    if made.get("update_lost_to_rounding", 0) > 0.01:
-        lost = made["update_lost_to_rounding"]
-        print(f"Of the update {lost:.0%} is lost to rounding; --dtype float32 keeps it.")
-    for note in made.get("notes", []):
-        print(note)
-    print(f"written: {options.destination}")
-
-
-def _sweep(options: argparse.Namespace) -> None:
-    from mmtune.experiments.sweep import run_sweep
-    from mmtune.training.signals import Signals
-
-    with Signals(_command("sweep", str(options.yaml), *options.overrides)) as signals:
-        report = run_sweep(options.yaml, options.overrides, signals)
-    from mmtune.evaluation.terminal import print_report
-
-    print_report(report, _console())
-    if "best" in report:
-        print(f"best: {report['best']}")
-
-
-def _bench_generate(options: argparse.Namespace) -> None:
-    from mmtune.bench.generate import bench_generate, print_generate
-    from mmtune.core.files import write_json
-    from mmtune.evaluation.protocol import load_suite
-
-    suite = load_suite(options.suite)
-    made = bench_generate(options.model, suite, options.limit, options.batch_size, options.data_root)
-    print_generate(made, _console())
-    if options.output_path:
-        write_json(options.output_path, made)
-
-
-def _bench_train(options: argparse.Namespace) -> None:
-    from dataclasses import fields
-
-    from mmtune.bench.train import BenchOptions, bench_train, print_train
-    from mmtune.core.files import write_json
-
-    asked = {field.name: getattr(options, field.name) for field in fields(BenchOptions)}
-    asked["tuners"] = options.tuners.split(",")
-    asked["targets"] = options.targets if options.targets == "all-linear" else options.targets.split(",")
-    asked["penalised"] = options.penalised and options.penalised.split(",")
-    made = bench_train(BenchOptions(**asked))
-    print_train(made, _console())
-    if options.output_path:
-        write_json(options.output_path, made)
-
-
-def _bench_score(options: argparse.Namespace) -> None:
-    from mmtune.bench.score import bench_score, print_score
-    from mmtune.core.files import write_json
-    from mmtune.core.versions import versions
-
-    rows = bench_score(options.limit)
-    print_score(rows, _console())
-    if options.output_path:
-        write_json(options.output_path, {"rules": rows, "environment": versions()})
-
-
-def _bench_penalty(options: argparse.Namespace) -> None:
-    from mmtune.bench.penalty import QUICK, bench_penalty, print_penalty
-    from mmtune.core.files import write_json
-
-    made = bench_penalty(*QUICK) if options.quick else bench_penalty()
-    print_penalty(made, _console())
-    if options.output_path:
-        write_json(options.output_path, made)
-
-
-def _command(*arguments: str) -> str:
-    return shlex.join(["mmtune", *arguments])
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console()
-
-
-def _shard(options: argparse.Namespace) -> None:
-    from mmtune.data.sharding import write_shards
-
-    root = options.image_root or options.file.parent
-    name = write_shards(options.file, root, options.destination, options.samples_per_shard)
-    print(f'written; in a run: data: [{{path: "{name}"}}]')
-
-
-def _prepare(options: argparse.Namespace) -> None:
-    if options.name == "tiny":
-        if options.source or options.cards or options.partial:
-            what = "the tiny world is drawn: it has no originals, and all its cards are made"
-            raise UserError(what, mend="Leave --source, --cards and --partial out.")
-        _prepare_tiny(options.output_path or Path("datasets/tiny"), options.seed)
-        return
-    from mmtune.prepare.dataset import prepare
-
-    none = options.cards == "none"
-    cards = [] if none else options.cards.split(",") if options.cards else None
-    prepare(options.name, options.source, options.output_path, cards, options.partial, options.seed)
-
-
-def _prepare_tiny(folder: Path, seed: int) -> None:
-    from mmtune.data.tiny import chance, generate
-    from mmtune.data.tiny_tokenizer import train_tokenizer
-
-    generate(folder, seed)
-    train_tokenizer(folder, folder / "tokenizer")
-    guesses = ", ".join(f"{task} {percent:.1f}" for task, percent in chance(folder).items())
-    print(f"Chance, percent right on the test split without looking at picture or question: {guesses}.")
 
 
 if __name__ == "__main__":

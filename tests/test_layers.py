@@ -52,7 +52,7 @@ interop.llava_forward interop.llava interop.importing
 interop.llava_hf_processor interop.llava_hf_export interop.llava_export interop.peft_export
 experiments.estimate experiments.sweep
 bench.generate bench.score bench.penalty bench.train
-cli __main__
+commands cli __main__
 """.split()
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from mmtune.training.check import check_run
 from tests import official
 from tests.tiny_llava import save_llava_hf
 
@@ -176,3 +177,31 @@ def test_a_run_that_is_not_there(cluster: Path) -> None:
     ran = run(cluster, "forgetting_4x4090.sh", "lora")
     assert ran.returncode == 2
     assert "no finished run runs/iconqa/lora_s0; train it: bash scripts/iconqa_4x4090.sh lora" in ran.stderr
+
+
+def methods() -> list[str]:
+    return bash("echo $METHODS").split()
+
+
+def bash(command: str) -> str:
+    steps = f"source {ROOT / 'scripts/4x4090/steps.sh'}; {command}"
+    return subprocess.run(["bash", "-c", steps], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("method", methods())
+def test_the_parts_of_every_method_fit(
+    method: str, checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    yaml, *changes = bash(f'describe_method {method}; printf "%s\\n" "$yaml" "${{changes[@]}}"').split("\n")
+    small = [f"model.base={checkout / 'hub/any-name'}", "tune.language.rank=4"]
+    if "preset" in "".join(changes):
+        small[1] = "tune={preset: reference, language: {rank: 4}}"
+    check_run(ROOT / yaml, [*filter(None, changes), *small], shapes=True)
+    assert "Memory per GPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("yaml", ["lora", "lorasculpt"])
+def test_llava_7b_fits_24_gib(yaml: str, capsys: pytest.CaptureFixture[str]) -> None:
+    check_run(ROOT / f"scripts/4x4090/{yaml}.yaml", shapes=True)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "7,050,830,848 in all" in said and "GiB, fits." in said

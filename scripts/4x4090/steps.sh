@@ -58,10 +58,12 @@ on_all_gpus() {
 # What the runs need of memory, from configs alone: before anything is downloaded.
 check_shapes() {
   echo "== do the parts fit each other, and the GPUs?"
-  local method
+  local method base="$MODEL"
+  if [ -f "$BASE/config.json" ]; then base="$BASE"; fi
   for method in "${methods[@]}"; do
     describe_method "$method"
-    mmtune check --shapes "$yaml" "${settings[@]}" "${changes[@]}" "${overrides[@]}"
+    mmtune check --shapes --processes "$GPUS" "$yaml" "${settings[@]}" "${changes[@]}" "${overrides[@]}" \
+      "model.base=$base"
   done
 }
 
@@ -98,7 +100,7 @@ check_runs() {
   local method
   for method in "${methods[@]}"; do
     describe_method "$method"
-    mmtune check "$yaml" "${settings[@]}" "${changes[@]}" "${overrides[@]}" "model.base=$BASE" --samples 1
+    mmtune check --processes "$GPUS" "$yaml" "${settings[@]}" "${changes[@]}" "${overrides[@]}" "model.base=$BASE" --samples 1
   done
 }
 

@@ -110,9 +110,9 @@ class Chat:
         self._special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         # SentencePiece models put a dummy space before a text. Some conversions of them also do so after
         # each special token, others only where the text begins.
-        self._dummy_space = tokenizer.tokenize("x")[0].startswith("\u2581")
+        self.dummy_space = tokenizer.tokenize("x")[0].startswith("\u2581")
         after_special = tokenizer(tokenizer.eos_token + "x", add_special_tokens=False).input_ids[1:]
-        self._dummy_after_special = after_special == self._raw("x")
+        self.dummy_after_special = after_special == self._raw("x")
 
     def encode(self, turns: list[Turn]) -> tuple[list[int], list[int]]:
         """Ids of a whole conversation, and labels: the id where the assistant speaks, else IGNORE.
@@ -305,11 +305,11 @@ class Chat:
         """
         if not text:
             return []
-        if not self._dummy_space:
+        if not self.dummy_space:
             return self._raw(text)
         if start == "chunk":  # the dummy space also comes before a space, unlike in some conversions
             return self._continued(" " + text)
-        if start == "middle" or (start == "special" and not self._dummy_after_special):
+        if start == "middle" or (start == "special" and not self.dummy_after_special):
             return self._continued(text)
         return self._raw(text)
 
@@ -330,7 +330,7 @@ class Chat:
         if found is None or len(found[0]) < 2:
             raise UserError(f"the tokenizer reads a special token in what is said: {text[:40]!r}")
         cut = found.start() + 1
-        return self._raw(text[:cut]) + (self._continued if self._dummy_space else self._raw)(text[cut:])
+        return self._raw(text[:cut]) + (self._continued if self.dummy_space else self._raw)(text[cut:])
 
 
 def _of_one_day(template: str) -> str:

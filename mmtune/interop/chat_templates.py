@@ -29,16 +29,24 @@ TAKES_LISTS = (
     "{%- set taken.messages = taken.messages + [{'role': message['role'], 'content': taken.text}] -%}"
     "{%- endfor -%}{%- set messages = taken.messages -%}"
 )
-VICUNA = TAKES_LISTS + (
+_VICUNA = TAKES_LISTS + (
     "{%- set said = namespace(system='" + VICUNA_SYSTEM.replace("'", "\\'") + "') -%}"
     "{%- for message in messages if message['role'] == 'system' -%}"
     "{%- set said.system = message['content'] -%}{%- endfor -%}"
-    "{{- bos_token + said.system + ' ' -}}{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}{{- 'USER: ' + message['content'] + ' ASSISTANT:' -}}"
+    "{{- bos_token + 'APART' + said.system + ' ' -}}{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}"
+    "{{- 'USER: ' + message['content'] | replace('<image>', '<image>APART') + ' ASSISTANT:' -}}"
     "{%- elif message['role'] == 'assistant' -%}"
     "{{- (' ' + message['content'] if message['content'] else '') + eos_token -}}"
     "{%- endif -%}{%- endfor -%}"
 )
+
+
+def vicuna(spaces: bool) -> str:
+    """A template that renders `vicuna_v1`. spaces: writes one where LLaVA has SentencePiece's dummy space,
+    after BOS and after each picture, for a tokenizer that puts none there.
+    """
+    return _VICUNA.replace("APART", " " if spaces else "")
 
 
 def template_of(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer
-from tokenizers.pre_tokenizers import Metaspace
 from transformers import AutoProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, write_json
 from mmtune.data.chat import IMAGE, IMAGE_ID, Turn
-from mmtune.interop.chat_templates import VICUNA, taking_lists
+from mmtune.interop.chat_templates import taking_lists, vicuna
 from mmtune.interop.comparison import CONVERSATIONS, Compared, pictures
 from mmtune.parts.model import VisionLanguageModel
 
@@ -28,12 +27,15 @@ def write_processor(model: VisionLanguageModel, folder: Path) -> int:
     is added to the tokenizer where it has none; the model's own tokenizer stays as it is.
     """
     chat, transform = model.chat, model.transform
-    tokenizer = _copy(chat.tokenizer, dummy_space_everywhere=chat.format == "vicuna_v1")
+    tokenizer = _copy(chat.tokenizer)
     if IMAGE not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
     tokenizer.padding_side = "left"
     own = str(tokenizer.chat_template)
-    tokenizer.chat_template = VICUNA if chat.format == "vicuna_v1" else taking_lists(tokenizer, own)
+    if chat.format == "vicuna_v1":
+        tokenizer.chat_template = vicuna(spaces=chat.dummy_space and not chat.dummy_after_special)
+    else:
+        tokenizer.chat_template = taking_lists(tokenizer, own)
     tokenizer.save_pretrained(folder)
     _for_older_versions(folder / "tokenizer_config.json")
     side = transform.size
@@ -128,11 +130,11 @@ def _pixels(what: str, mine: torch.Tensor, theirs: torch.Tensor, tolerance: floa
     return Compared(what, float(gone.max()), float(gone.max()) / largest, same, mine.numel(), tolerance)
 
 
-def _copy(tokenizer: PreTrainedTokenizerBase, dummy_space_everywhere: bool) -> PreTrainedTokenizerFast:
+def _copy(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
     """A tokenizer that is read from tokenizer.json alone, whatever class transformers would make of it.
 
-    LLaVA-1.5 tokenises what stands before and after a picture by itself, each with SentencePiece's dummy
-    space. transformers 5 puts it at the very beginning alone (`legacy: false`), whatever tokenizer.json says.
+    Read as LlamaTokenizer, transformers 5 puts SentencePiece's dummy space where `legacy` says, whatever
+    stands in tokenizer.json.
     """
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -142,8 +144,6 @@ def _copy(tokenizer: PreTrainedTokenizerBase, dummy_space_everywhere: bool) -> P
             mend="Convert it: AutoTokenizer.from_pretrained(DIR, use_fast=True).save_pretrained(DIR).",
         )
     backend = Tokenizer.from_str(backend.to_str())
-    if dummy_space_everywhere and isinstance(backend.pre_tokenizer, Metaspace):
-        backend.pre_tokenizer = Metaspace("\u2581", "always", split=False)
     special = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     made = PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -84,7 +84,9 @@ KINDS = [
     ),
     Kind("an empty data file", lambda b: b.written(""), "the file is empty", "data.json", "written whole?"),
     Kind("a data file nobody may read", _closed, "Permission denied", "data.json", "Look at its permissions"),
-    Kind("an empty list of samples", lambda b: b.data(), "holds no samples", "data.json", "written whole?"),
+    Kind(
+        "an empty list of samples", lambda b: b.data(), "there are no samples", "data.json", "written whole?"
+    ),
     Kind(
         "broken JSON",
         lambda b: b.written('[\n{"id": "s1"},\n{"id" "s2"}\n]'),

@@ -16,6 +16,7 @@ GPUS="${GPUS:-4}"                            # processes, one for each GPU
 ENGINE="${ENGINE:-ddp}"                      # how they share the work: ddp, zero1, zero2, zero3, fsdp2
 SEEDS="${SEEDS:-0}"                          # each method is trained once with each; three tell more than one
 EVAL_BATCH="${EVAL_BATCH:-16}"               # questions answered at a time on a GPU
+DTYPE="${DTYPE:-bfloat16}"                   # of the evaluation; float32 needs 28 GB for the weights of 7B
 LIMIT="${LIMIT:-}"                           # only the first so many questions of each task: for a trial
 PARTIAL="${PARTIAL:-}"                       # yes: the data need not be whole, for a trial; results say so
 set -euo pipefail
@@ -25,6 +26,7 @@ source scripts/4x4090/steps.sh
 read_arguments "$@"
 settings=("data=[{card: coco_caption, split: train, limit: 10000, image_first: true}]" train.epochs=1
   "train.engine=$ENGINE" "evaluate.suite=$SUITE" "evaluate.batch_size=$EVAL_BATCH"
+  "evaluate.dtype=$DTYPE"
   ${LIMIT:+"evaluate.limit=$LIMIT"})
 find_mmtune
 

@@ -16,6 +16,7 @@ SUITE="${SUITE:-forgetting}"                 # what is measured: a name in eval/
 GPUS="${GPUS:-4}"                            # processes, one for each GPU
 SEEDS="${SEEDS:-0}"                          # those the runs were trained with
 EVAL_BATCH="${EVAL_BATCH:-16}"               # questions answered at a time on a GPU
+DTYPE="${DTYPE:-bfloat16}"                   # of the evaluation; float32 needs 28 GB for the weights of 7B
 LIMIT="${LIMIT:-}"                           # only the first so many questions of each task: for a trial
 PARTIAL="${PARTIAL:-}"                       # yes: the data need not be whole, for a trial; results say so
 set -euo pipefail
@@ -51,4 +52,4 @@ for run in "${runs[@]}"; do
 done
 
 echo "== report"
-mmtune report --base "$OUT/base" "${runs[@]}" --suite "$SUITE" --output_path "$OUT/report-$SUITE"
+mmtune report --base "$OUT/base" "${runs[@]}" --suite "$SUITE" --output_path "$OUT/report-$(suite_name)"

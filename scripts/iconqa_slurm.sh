@@ -17,9 +17,14 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -uo pipefail
-cd "${SLURM_SUBMIT_DIR:?this script is for sbatch; without Slurm: bash scripts/iconqa_4x4090.sh}"
+if [ -z "${SLURM_SUBMIT_DIR:-}" ]; then
+  echo "this script is for sbatch; without Slurm: bash scripts/iconqa_4x4090.sh" >&2
+  exit 2
+fi
+cd "$SLURM_SUBMIT_DIR" || exit 2
 
-srun bash scripts/iconqa_4x4090.sh "$@"
+# Said again: newer versions of srun don't take the number of cores over from sbatch.
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-32}" bash scripts/iconqa_4x4090.sh "$@"
 code=$?
 if [ "$code" -eq 143 ]; then  # stopped by SIGTERM, with a checkpoint
   echo "out of time; queued again"

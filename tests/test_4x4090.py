@@ -84,6 +84,7 @@ def test_iconqa_from_the_originals_to_the_report(checkout: Path) -> None:
     assert made["name"] == "lorasculpt_s0" and made["tuner"] == "lorasculpt"
     assert set(made["scores"]) == {*SOURCE_TASKS, "iconqa_lorasculpt"}
     assert all(score["n"] == 4 for score in made["scores"].values())
+    assert any("not the official data" in warning for warning in report["warnings"])
     assert set(made["attribution"]) == {"language_off", "connector_restored"}
     lines = (checkout / "runs/iconqa/lorasculpt_s0/metrics.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])
@@ -92,10 +93,12 @@ def test_iconqa_from_the_originals_to_the_report(checkout: Path) -> None:
 
 
 def test_other_scores_of_a_run_that_is_there(checkout: Path) -> None:
-    ran = run(checkout, "forgetting_4x4090.sh", SUITE="forgetting", SETS="iconqa okvqa ocrvqa gqa textvqa")
+    suite = "name: mine\nsource: [okvqa, gqa]\ntarget: [iconqa_choose_txt]\n"
+    (checkout / "own.yaml").write_text(suite)
+    ran = run(checkout, "forgetting_4x4090.sh", SUITE=str(checkout / "own.yaml"))
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-6000:]
-    (made,) = reported(checkout / "runs/iconqa/report-forgetting")["runs"]
-    assert set(made["scores"]) == {"okvqa", "ocrvqa", "gqa", "textvqa", "iconqa_choose_txt"}
+    (made,) = reported(checkout / "runs/iconqa/report-mine")["runs"]
+    assert set(made["scores"]) == {"okvqa", "gqa", "iconqa_choose_txt"}
     assert set(made["attribution"]) == {"language_off", "connector_restored"}
 
 
@@ -115,7 +118,7 @@ touch started
 while true; do sleep 0.1; done
 """
 # Stand for Slurm's own commands.
-SRUN = '#!/usr/bin/env bash\nexec "$@"\n'
+SRUN = '#!/usr/bin/env bash\nshift\nexec "$@"\n'
 SCONTROL = '#!/usr/bin/env bash\necho "$@" > scontrol.log\n'
 
 
@@ -171,6 +174,16 @@ def test_a_job_that_failed_is_not_queued_again(cluster: Path) -> None:
 def test_a_method_that_is_unknown(cluster: Path, script: str) -> None:
     ran = run(cluster, script, "lorasculp")
     assert ran.returncode == 2 and "unknown method 'lorasculp'; known: all lora " in ran.stderr
+
+
+def test_what_it_is_for(cluster: Path) -> None:
+    ran = run(cluster, "coco_4x4090.sh", "--help")
+    assert ran.returncode == 0 and "Usage: bash scripts/coco_4x4090.sh [METHOD ...]" in ran.stdout
+
+
+def test_an_evaluation_that_the_base_would_not_have(cluster: Path) -> None:
+    ran = run(cluster, "iconqa_4x4090.sh", "evaluate.dtype=float32")
+    assert ran.returncode == 2 and "set SUITE, LIMIT, EVAL_BATCH or DTYPE instead" in ran.stderr
 
 
 def test_a_run_that_is_not_there(cluster: Path) -> None:

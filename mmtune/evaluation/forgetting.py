@@ -66,6 +66,8 @@ class Evaluation:
     """versions, precision, batch_size, padding: what may move a score without making it another one."""
     limit: int | None
     """Only the first so many questions of each task were asked."""
+    unlike: dict[str, str]
+    """Task -> how many questions its data has and how many the official one, where these differ."""
     decoding: dict[str, Any]
     restored: str | None
     """The part that was put back as it is in the base, if there was one."""
@@ -113,11 +115,22 @@ def read_evaluation(folder: Path, tasks: Sequence[str]) -> Evaluation:
             **{key: results.get(key) for key in ("precision", "batch_size", "padding")},
         },
         limit=results.get("limit"),
+        unlike=_unlike(results, tasks),
         decoding=results.get("decoding", {}),
         restored=results.get("restored"),
         scale=results.get("scale"),
         base_hash=results.get("base_hash"),
     )
+
+
+def _unlike(results: dict[str, Any], tasks: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for task in tasks:
+        there = results.get("n-samples", {}).get(task, {}).get("original")
+        official = results["configs"][task].get("expect", {}).get(results["splits"][task], there)
+        if there != official:
+            found[task] = f"{there:,} of officially {official:,}"
+    return found
 
 
 def _task_score(row: dict[str, Any], where: str) -> dict[str, Any]:

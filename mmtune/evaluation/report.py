@@ -316,6 +316,9 @@ def _warnings(
     ]
     if base.limit is not None:
         warnings.append(f"only the first {base.limit} questions of each task were asked")
+    if base.unlike:
+        counts = "; ".join(f"{task} {counts}" for task, counts in base.unlike.items())
+        warnings.append(f"not the official data, so no score is comparable with published ones: {counts}")
     others: dict[str, list[str]] = {}
     for name, evaluation in {"base": base, **runs, **restored}.items():
         for task, row in evaluation.scores.items():

@@ -3,8 +3,10 @@
 METHODS="lora lora_low_rate lora_attention lora_frozen_connector lora_replay lora_kl lorasculpt lorasculpt_reference \
 lorasculpt_no_penalty lorasculpt_constant_mask lorasculpt_random_support lorasculpt_unpruned_penalty"
 
-# A cluster's SIGTERM reaches the run as well, which writes its checkpoint; this waits for it, then ends.
+# A cluster's SIGTERM reaches the run as well, which writes its checkpoint; this waits for it, then ends. torchrun
+# would give it 30 seconds for the rest of its step and the writing.
 trap 'exit 143' TERM
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}"
 
 # Sorts the arguments into methods and overrides (key=value); no method means lorasculpt, "all" every one.
 read_arguments() {
@@ -12,6 +14,12 @@ read_arguments() {
   local given
   for given in "$@"; do
     case "$given" in
+      -h | --help)
+        sed -n '2,/^[^#]/ { s/^# \{0,1\}//p }' "scripts/$(basename "$0")"
+        exit 0 ;;
+      evaluate.suite=* | evaluate.dtype=* | evaluate.batch_size=* | evaluate.limit=* | evaluate.split=* | evaluate.root=*)
+        echo "'$given' would not hold for the base: set SUITE, LIMIT, EVAL_BATCH or DTYPE instead" >&2
+        exit 2 ;;
       *=*) overrides+=("$given") ;;
       all) read -ra methods <<< "$METHODS" ;;
       *)
@@ -19,7 +27,7 @@ read_arguments() {
           echo "unknown method '$given'; known: all $METHODS" >&2
           exit 2
         fi
-        methods+=("$given") ;;
+        if ! [[ " ${methods[*]:-} " == *" $given "* ]]; then methods+=("$given"); fi ;;
     esac
   done
   if [ ${#methods[@]} -eq 0 ]; then methods=(lorasculpt); fi
@@ -33,7 +41,7 @@ describe_method() {
     lora_low_rate) changes=(tune.language.lr=5e-5) ;;
     lora_attention) changes=('tune.language.targets=["model.layers.*.self_attn.*"]') ;;
     lora_frozen_connector) changes=('tune.connector={tuner: frozen}') ;;
-    lora_replay) changes=('replay={data: [{card: okvqa}, {card: ocrvqa}, {card: gqa}, {card: textvqa}], share: 0.05}') ;;
+    lora_replay) changes=('replay={data: [{card: okvqa, limit: 9000}, {card: ocrvqa, limit: 9000}, {card: gqa, limit: 9000}, {card: textvqa, limit: 9000}], share: 0.05}') ;;
     lora_kl) changes=('kl={weight: 0.1}') ;;
     lorasculpt_reference) changes=('tune={preset: reference}') ;;
     lorasculpt_no_penalty) changes=(tune.language.penalty=null tune.connector.penalty=null) ;;
@@ -48,6 +56,12 @@ describe_method() {
 # mmtune from the environment that is active, otherwise from .venv, which is made for it.
 find_mmtune() {
   if ! command -v mmtune >/dev/null; then source scripts/venv.sh; fi
+  if ! command -v torchrun >/dev/null; then echo "there is no torchrun beside mmtune; it comes with torch" >&2; exit 2; fi
+}
+
+# The suite's own name, where SUITE is a YAML.
+suite_name() {
+  if [ -f "$SUITE" ]; then sed -n 's/^name: *//p' "$SUITE"; else echo "$SUITE"; fi
 }
 
 # Starts mmtune once for each GPU.
@@ -70,7 +84,11 @@ check_shapes() {
 # MODEL, of either format, as a folder of mmtune's: BASE. --fit pad: LLaVA-1.5 pads its pictures to a square.
 import_base() {
   echo "== the base: $BASE"
-  if ! [ -f "$BASE/config.json" ]; then mmtune import "$MODEL" "$BASE" --fit pad; fi
+  if [ -f "$BASE/config.json" ]; then
+    sed -n 's/^  "from": /it is there, imported from /p' "$BASE/imported.json" 2>/dev/null || true
+  else
+    mmtune import "$MODEL" "$BASE" --fit pad
+  fi
 }
 
 # prepare CARDS NAME ...: sets in datasets/, as cards and protocols read them, from the originals in SOURCES. CARDS: what
@@ -107,8 +125,8 @@ check_runs() {
 # evaluate MODEL FOLDER [PART]: its scores on SUITE, under FOLDER, perhaps with a part put back as in the base; those
 # that are there already are kept.
 evaluate() {
-  on_all_gpus eval --model "$1" --suite "$SUITE" --output_path "$2/eval/$SUITE-test${3:+-restore-$3}" \
-    ${3:+--restore "$3"} --skip_done --batch_size "$EVAL_BATCH" --dtype bfloat16 ${LIMIT:+--limit "$LIMIT"}
+  on_all_gpus eval --model "$1" --suite "$SUITE" --output_path "$2/eval/$(suite_name)-test${3:+-restore-$3}" \
+    ${3:+--restore "$3"} --skip_done --batch_size "$EVAL_BATCH" --dtype "$DTYPE" ${LIMIT:+--limit "$LIMIT"}
 }
 
 # train METHOD SEED: trains and evaluates it as OUT/METHOD_sSEED; what was interrupted goes on.

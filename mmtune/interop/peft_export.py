@@ -33,11 +33,11 @@ def export_peft(folder: Path, destination: Path, for_llava_hf: bool = False) -> 
     """Writes the language model's adapter with plain names, every tensor as it is, so that zeros stay zeros.
 
     for_llava_hf: keys and targets are full names in transformers' Llava, so that they hit its language model
-    and never its tower; a connector that lies in the model's folder, trained, goes along in modules_to_save.
-    At the end peft loads what was written, onto the language model or onto transformers' class around it, and
-    the logits are compared. Returns what export.json says. Raises UserError where there is no such adapter,
-    where the model has more of its own than peft's folder can hold, and where the logits differ; then nothing
-    is written.
+    and never its tower; the connector goes along in modules_to_save, since it may have been trained, here or
+    before. At the end peft loads what was written, onto the language model or onto transformers' class around
+    it, and the logits are compared. Returns what export.json says. Raises UserError where there is no such
+    adapter, where the model has more of its own than peft's folder can hold, and where the logits differ;
+    then nothing is written.
     """
     if destination.exists():
         raise UserError("this is there already", where=destination, mend="Give another name.")
@@ -48,23 +48,25 @@ def export_peft(folder: Path, destination: Path, for_llava_hf: bool = False) -> 
     _refuse_more(folder, own, adapted, for_llava_hf)
     source = folder / described["language"]["adapter"]
     config, tensors = read_json(source / CONFIG), load_file(source / TENSORS)
-    assert options.language and options.language.weights
+    assert options.vision and options.connector and options.connector.weights and options.language
     config["base_model_name_or_path"] = options.language.weights
     notes = [f"It was trained on {options.language.weights}."]
     if for_llava_hf:
         config, tensors = _for_llava_hf(config, tensors)
         config["base_model_name_or_path"] = None
-        if "connector" in own:
-            config["modules_to_save"] = [CONNECTOR]
-            connector = load_file(folder / described["connector"]["weights"] / "model.safetensors")
-            tensors |= {f"base_model.model.{CONNECTOR}.{name}": tensor for name, tensor in connector.items()}
+        config["modules_to_save"] = [CONNECTOR]
+        connector = load_file(Path(options.connector.weights) / "model.safetensors")
+        tensors |= {f"base_model.model.{CONNECTOR}.{name}": tensor for name, tensor in connector.items()}
         notes = [
             "Load it on the llava-hf model of its base: PeftModel.from_pretrained(llava, DST). "
             "Where there is none, mmtune export BASE DST --to llava-hf makes it.",
-            "The connector travels with it." if "connector" in own else "The connector is the base's own.",
+            f"The connector travels with it; the tower has to be {options.vision.weights}, "
+            f"the language model {options.language.weights}.",
         ]
-    elif "connector" in own:
-        notes.append(f"The connector was trained too; it is not in here, but in {folder / 'connector'}.")
+    elif beside := sorted((adapted | own) - {"language"}):
+        notes.append(f"Not in here: the model's own {' and '.join(beside)}, left in {folder}.")
+    if options.language.quantize:
+        notes.append(f"The base was held in {options.language.quantize}; in full precision it is another.")
     with replacing_folder(destination) as partial:
         save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
         write_json(partial / CONFIG, config)
@@ -73,7 +75,7 @@ def export_peft(folder: Path, destination: Path, for_llava_hf: bool = False) -> 
         model.adapters.pop("language").unload()
         if for_llava_hf:
             what = "transformers and peft"
-            theirs = _llava_logits(model, folder, partial, blank_connector="connector" in own)
+            theirs = _llava_logits(model, folder, partial)
         else:
             what = "with peft"
             load_adapter(model.language.hf, partial)
@@ -90,11 +92,13 @@ def _refuse_more(folder: Path, own: set[str], adapted: set[str], for_llava_hf: b
         raise UserError(
             "its language model has no adapter", where=folder, mend="Export it whole: --to llava-hf."
         )
-    if "language" in own:
+    if "language" in own and for_llava_hf:
         raise UserError(
-            "its adapter rests on a language model that was trained itself and lies in the same folder",
+            "the language model that its adapter rests on lies in this folder alone, so there is no llava-hf "
+            "model to load the adapter on",
             where=folder,
-            mend="Export it whole: --to llava-hf.",
+            mend="Export it whole: --to llava-hf. Or leave out --for llava-hf: --to peft names that language "
+            "model.",
         )
     tuned = sorted((adapted | own) & {"vision"} | adapted & {"connector"})
     if tuned and for_llava_hf:
@@ -123,12 +127,9 @@ def _in_llava(name: str) -> str:
     return LANGUAGE + name.removeprefix("model.") if name.startswith("model.") else name
 
 
-def _llava_logits(
-    model: VisionLanguageModel, folder: Path, adapter: Path, blank_connector: bool
-) -> torch.Tensor:
-    """Of transformers' class around the base's own modules, with the adapter that peft loads from a folder.
-
-    blank_connector: it starts from zeros, so that it has to come with the adapter.
+def _llava_logits(model: VisionLanguageModel, folder: Path, adapter: Path) -> torch.Tensor:
+    """Of transformers' class around the base's tower and language model, with the adapter that peft loads
+    from a folder. Its connector starts from zeros, so that it has to come with the adapter.
     """
     batch = probe(model)
     pixels = model.vision.normalise(batch.images, torch.float32)
@@ -142,9 +143,7 @@ def _llava_logits(
     llava.model.vision_tower = tower
     llava.model.language_model = model.language.hf.base_model
     llava.lm_head = model.language.hf.get_output_embeddings()
-    projector = {name: tensor.detach().clone() for name, tensor in model.connector.state_dict().items()}
-    if blank_connector:
-        projector = {name: torch.zeros_like(tensor) for name, tensor in projector.items()}
+    projector = {name: torch.zeros_like(tensor) for name, tensor in model.connector.state_dict().items()}
     llava.model.multi_modal_projector.load_state_dict(projector, assign=True)
     attached: nn.Module = load_adapter(llava, adapter)
     assert isinstance(attached, PeftModel)

@@ -22,6 +22,7 @@ from mmtune.parts.model import VisionLanguageModel, assemble
 from mmtune.parts.spec import ModelOptions
 from mmtune.tuning.lora import LoraOptions
 from tests import tiny_models as tiny
+from tests.interop import original_llava as original
 from tests.tiny_llava import answers, compared, save_llava_hf
 
 PREFIX = "base_model.model.model.language_model."
@@ -58,7 +59,7 @@ def base(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("connector", [True, False])
 @pytest.mark.parametrize("exported", [True, False])
 def test_on_llava_hf_the_logits_are_ours(tmp_path: Path, base: Path, connector: bool, exported: bool) -> None:
-    """On the folder that was imported, and on the base as mmtune exports it."""
+    """On the folder that was imported, and on the base as mmtune exports it; the connector always travels."""
     folder = tuned(base, tmp_path / "tuned", connector)
     export_peft(folder, tmp_path / "out", for_llava_hf=True)
     if exported:
@@ -76,7 +77,7 @@ def test_on_llava_hf_the_logits_are_ours(tmp_path: Path, base: Path, connector: 
         mine, expected = answers(model, theirs, pictures)
         assert mine == expected
     # peft would fill in the connector without being told, but not save or switch it with the adapter.
-    assert any(".modules_to_save." in name for name, _ in theirs.named_parameters()) == connector
+    assert any(".modules_to_save." in name for name, _ in theirs.named_parameters())
     layers = {name for name, module in theirs.named_modules() if hasattr(module, "lora_A")}
     assert layers and all(name.startswith(PREFIX + "layers.") for name in layers)
     assert len(layers) == len(load_file(tmp_path / "out/adapter_model.safetensors").keys() - _connector()) / 2
@@ -108,7 +109,7 @@ def test_on_the_language_model_alone(tmp_path: Path, base: Path, capsys: pytest.
     assert main(["export", str(folder), str(tmp_path / "out"), "--to", "peft"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"It was trained on {base}/language." in said and "with peft" in said
-    assert "The connector was trained too; it is not in here" in said
+    assert f"Not in here: the model's own connector, left in {folder}." in said
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(base / "language")
     language = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"])
@@ -120,6 +121,46 @@ def test_on_the_language_model_alone(tmp_path: Path, base: Path, capsys: pytest.
         found = theirs(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[mask]
         mine = model.language.logits(model.language.hidden(model.splice(batch), batch.attention_mask)[mask])
     assert float((found - mine).abs().max() / mine.abs().max()) <= 1e-5
+
+
+def test_a_connector_of_an_earlier_stage_travels(tmp_path: Path, base: Path) -> None:
+    aligned = tuned(base, tmp_path / "aligned", parts=())
+    folder = tuned(aligned, tmp_path / "tuned", connector=False)
+    export_peft(folder, tmp_path / "out", for_llava_hf=True)
+    llava: Any = LlavaForConditionalGeneration.from_pretrained(tmp_path / "source")
+    theirs = PeftModel.from_pretrained(llava, str(tmp_path / "out")).eval()
+    assert compared(VisionLanguageModel.from_pretrained(folder), theirs, [1, 1], True) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("parts", "left"), [(("language", "connector"), "connector"), (("language", "vision"), "vision")]
+)
+def test_what_stays_behind_is_named(tmp_path: Path, base: Path, parts: tuple[str, ...], left: str) -> None:
+    folder = tuned(base, tmp_path / "tuned", connector=False, parts=parts)
+    notes = export_peft(folder, tmp_path / "out")["notes"]
+    assert notes[1] == f"Not in here: the model's own {left}, left in {folder}."
+
+
+def test_that_the_base_was_in_four_bits_is_said(tmp_path: Path, base: Path) -> None:
+    model = assemble(ModelOptions(base=str(base), quantize="nf4"))
+    LoraOptions(lr=1e-3, rank=4, alpha=8).make().attach(model, "language")
+    model.save_pretrained(tmp_path / "tuned")
+    for for_llava_hf in (False, True):
+        notes = export_peft(tmp_path / "tuned", tmp_path / f"out{for_llava_hf}", for_llava_hf)["notes"]
+        assert notes[-1] == "The base was held in nf4; in full precision it is another."
+
+
+def test_a_lora_that_was_imported(tmp_path: Path) -> None:
+    clip, vicuna = original.save_clip(tmp_path / "clip"), original.save_vicuna(tmp_path / "vicuna")
+    import_model(str(original.save_lora(tmp_path / "source", clip, vicuna)), tmp_path / "model")
+    export_peft(tmp_path / "model", tmp_path / "out")
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "model/language")
+    given = torch.load(tmp_path / "source/adapter_model.bin", weights_only=True)
+    held = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert held.keys() == given.keys() and all(torch.equal(held[name], given[name]) for name in given)
+    with pytest.raises(UserError, match="lies in this folder alone"):
+        export_peft(tmp_path / "model", tmp_path / "llava", for_llava_hf=True)
 
 
 def test_a_suffix_would_hit_the_tower(tmp_path: Path, base: Path) -> None:

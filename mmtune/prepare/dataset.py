@@ -81,7 +81,7 @@ def prepare(
         if card not in known.cards:
             raise UserError(f"{name} has no card '{card}'", where="--cards", mend=nearest(card, known.cards))
     wanted = [each for each in known.originals if each.needed_for != "training" or chosen]
-    needed = [each for each in wanted if each.needed_for != "more"]
+    needed = [each for each in wanted if each.needed_for != "more" and not (partial and each.task)]
     if faults := absent(needed, source, root, known.licence):
         raise UserError.of(faults)
     job = Job(known, source, root, chosen, partial, seed)
@@ -99,16 +99,18 @@ def prepare(
         made = {}
         for each in asked:
             if each.card is not None:
-                name = each.card.splits[each.split]
-                made[name] = _make(job, each, each.card, before["made"].get(name))
+                file = each.card.splits[each.split]
+                made[file] = _make(job, each, each.card, before["made"].get(file))
         after = {
             "dataset": name,
             "licence": known.licence,
-            "made_with": {"mmtune": mmtune.__version__, "version": VERSION, "seed": seed},
-            "partial": partial,
+            "made_with": {"mmtune": mmtune.__version__, "version": VERSION},
             # What an earlier call with other cards found and made is still there.
             "originals": before["originals"] | originals,
-            "questions": before["questions"] | counted,
+            "questions": {
+                **before["questions"],
+                **{task: before["questions"].get(task, {}) | splits for task, splits in counted.items()},
+            },
             "made": before["made"] | made,
             "converted": before["converted"] | _convert_all(job),
         }
@@ -125,8 +127,9 @@ def _place_all(job: Job, wanted: Sequence[Original], before: dict[str, Any]) -> 
     found: dict[str, Any] = {}
     faults = []
     for original in wanted:
-        if original.needed_for == "more" and absent([original], job.source, job.root, ""):
-            print(f"  not there, and not needed: {', '.join(original.paths)} ({original.url})")
+        if absent([original], job.source, job.root, ""):
+            why = f"so {original.task} cannot be asked" if original.task else "and not needed"
+            print(f"  not there, {why}: {', '.join(original.paths)} ({original.url})")
             continue
         for line in place(original, job.source, job.root, exact=not job.partial):
             print(f"  {line}", flush=True)
@@ -152,9 +155,14 @@ def _read_all(job: Job) -> list[Asked]:
     Raises UserError with the faults of all files.
     """
     wanted: list[tuple[Protocol, str, Card | None]] = []
+    without = {
+        each.task
+        for each in job.known.originals
+        if not all((job.root / path).exists() for path in each.paths)
+    }
     for task in job.known.tasks:
         protocol = load_protocol(task)
-        if "composed" in protocol.options and task not in job.cards:
+        if task in without or "composed" in protocol.options and task not in job.cards:
             continue
         for split, file in protocol.annotations.items():
             if split not in TRAINING and (job.root / file).exists():
@@ -194,6 +202,7 @@ def _count(job: Job, asked: Sequence[Asked]) -> dict[str, Any]:
             "questions": len(questions),
             "official": official,
             "pictures_missing": len(lost),
+            "partial": job.partial,
         }
         right = ", the official count" if official == len(questions) else ""
         if other := protocol.other_count(split, len(questions)):
@@ -242,7 +251,7 @@ def _make(job: Job, each: Asked, card: Card, before: dict[str, Any] | None) -> d
     origin = _origin(job, each, card, sorted(lost))
     as_made = before is not None and path.exists() and sha256(path) == before["sha256"]
     if before is not None and as_made and before["origin"] == origin:
-        made = before
+        made = {**before, "partial": job.partial}
     else:
         rows = samples(card, each.protocol, there, job.seed)
         text = as_text(rows)
@@ -256,7 +265,8 @@ def _make(job: Job, each: Asked, card: Card, before: dict[str, Any] | None) -> d
             "without_answer": sum(not any(answer.strip() for answer in q.answers) for q in there),
         }
         described = {"card": card.name, "split": each.split, "samples": len(rows), "left_out": left_out}
-        made = {**described, "sha256": sha256(path), "origin": origin}
+        how = {"seed": job.seed, "partial": job.partial}
+        made = {**described, **how, "sha256": sha256(path), "origin": origin}
     said = f"{made['samples']:,} samples, card {card.name}, split {each.split}"
     for why, count in made["left_out"].items():
         said += f"; {count:,} questions {why.replace('_', ' ')} left out" if count else ""

@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,8 @@ class Original:
     that leads to them. inside: the folder in which the archive holds them. also_in: further folders,
     relative to where the originals lie, in which they may be. instead: a folder that may already hold all
     that is needed of them. needed_for: scores; training data only; or more
-    than either, so that it may be absent. bytes, sha256: of what the url gives, as `confirmed_by` has them.
+    than either, so that it may be absent. task: the only one that reads it, which partial data may go
+    without. bytes, sha256: of what the url gives, as `confirmed_by` has them.
     """
 
     paths: list[str]
@@ -37,6 +39,7 @@ class Original:
     also_in: list[str] = field(default_factory=list)
     instead: str = ""
     needed_for: Literal["evaluation", "training", "more"] = "evaluation"
+    task: str = ""
     bytes: int | None = None
     sha256: str | None = None
     confirmed_by: str = ""
@@ -99,10 +102,13 @@ def load_originals(name: str) -> Originals:
 
 
 def find(path: str, places: Sequence[str], source: Path, root: Path) -> Path | None:
-    """Where `path` lies: in `source`, in `root`, or in one of `places` relative to the two."""
+    """Where `path` lies: in `source`, in `root`, or in one of `places` relative to the two.
+
+    `..` leads to what lies beside the folder as it is named, also where it is a link.
+    """
     for folder in (source, root):
         for place in ("", *places):
-            found = folder / place / path
+            found = Path(os.path.normpath(folder / place / path))
             if found.exists():
                 return found
     return None
@@ -123,6 +129,8 @@ def absent(wanted: Sequence[Original], source: Path, root: Path, licence: str) -
             mend += "--source DIR says where it lies."
             if original.needed_for == "training":
                 mend += " Only training needs it: --cards none goes without."
+            if original.task:
+                mend += f" Only the task {original.task} needs it: --partial goes without."
             faults[original.url] = Fault(what, str(source), mend)
     return list(faults.values())
 
@@ -165,12 +173,14 @@ def place(original: Original, source: Path, root: Path, exact: bool) -> Iterator
 def link(target: Path, found: Path) -> None:
     """A symbolic link at `target`, relative within one set and to the set beside it. Raises UserError."""
     found = Path(os.path.abspath(found))
+    near = os.path.relpath(found, target.parent)
     beneath = found.is_relative_to(os.path.abspath(target.parent.parent))
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_symlink():
             target.unlink()
-        target.symlink_to(os.path.relpath(found, target.parent) if beneath else found)
+        # Where the set's own folder is a link, `..` leads elsewhere.
+        target.symlink_to(near if beneath and (target.parent / near).exists() else found)
 
 
 def compare(path: Path, original: Original) -> None:
@@ -215,7 +225,7 @@ def unpack(archive: Path, member: str, target: Path) -> None:
                 for name in names:
                     if not name.endswith("/"):
                         _extract(opened, name, inside(folder, name[len(member) + 1 :]))
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise UserError(f"a broken archive: {error}", where=archive, mend="Fetch it anew.") from None
 
 

@@ -207,10 +207,52 @@ def test_evaluation_alone_needs_no_training_data(
     assert prepare("textvqa", source, root) == 2
     assert "Only training needs it: --cards none goes without." in capsys.readouterr().err
     assert prepare("textvqa", source, root, "--cards", "none") == 0
-    assert "not there, and not needed: TextVQA_Rosetta_OCR_v0.2_val.json" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "not there, so textvqa_ocr cannot be asked: TextVQA_Rosetta_OCR_v0.2_val.json" in said
+    assert "textvqa_ocr" not in load(root / MANIFEST)["questions"]
     assert not list(root.glob("train*.json"))
     assert prepare("textvqa", source, root, "--cards", "textqva") == 2
     assert "--cards: textvqa has no card 'textqva'\n    Did you mean 'textvqa'?" in capsys.readouterr().err
+
+
+def test_a_file_that_one_task_reads_is_asked_for(
+    originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, root = tmp_path / "source", tmp_path / "textvqa"
+    shutil.copytree(originals / "textvqa", source)
+    tokens = source / "TextVQA_Rosetta_OCR_v0.2_val.json"
+    tokens.rename(tmp_path / "tokens")
+    assert prepare("textvqa", source, root, "--cards", "none", partial=False) == 2
+    said = capsys.readouterr().err
+    assert f"not there: {tokens.name}" in said
+    assert "Only the task textvqa_ocr needs it: --partial goes without." in said
+    (tmp_path / "tokens").rename(tokens)
+    assert prepare("textvqa", source, root, "--cards", "none") == 0
+    assert load(root / MANIFEST)["questions"].keys() == {"textvqa", "textvqa_ocr"}
+
+
+def test_the_manifest_says_how_each_file_was_made(originals: Path, tmp_path: Path) -> None:
+    root = tmp_path / "okvqa"
+    assert prepare("okvqa", originals / "okvqa", root, "--seed", "3") == 0
+    assert prepare("okvqa", originals / "okvqa", root, "--cards", "none") == 0
+    said = load(root / MANIFEST)
+    assert said["dataset"] == "okvqa"
+    assert said["made"]["train_okvqa.json"]["seed"] == 3
+    assert said["made"]["train_okvqa.json"]["partial"] is True
+    assert all(said["questions"]["okvqa"][split]["partial"] is True for split in ("train", "val"))
+    assert "partial" not in said and "seed" not in said["made_with"]
+
+
+def test_a_source_that_is_a_link(originals: Path, tmp_path: Path) -> None:
+    """COCO lies beside the link, not beside what it leads to; nothing is read behind it by mistake."""
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "far").mkdir()
+    shutil.copytree(originals / "okvqa", tmp_path / "far/okvqa")
+    shutil.copytree(originals / "coco", tmp_path / "downloads/coco")
+    (tmp_path / "downloads/okvqa").symlink_to(tmp_path / "far/okvqa")
+    for source, root in (("downloads/okvqa", "datasets/okvqa"), ("downloads/okvqa", "downloads/okvqa")):
+        assert prepare("okvqa", tmp_path / source, tmp_path / root) == 0
+        assert (tmp_path / root / "val2014").samefile(tmp_path / "downloads/coco/val2014")
 
 
 def test_counts_and_hashes_are_the_official_ones_or_said_not_to_be(
@@ -226,7 +268,7 @@ def test_counts_and_hashes_are_the_official_ones_or_said_not_to_be(
     assert not list((tmp_path / "textvqa").iterdir())
     assert prepare("gqa", originals / "gqa", tmp_path / "gqa") == 0
     assert "partial: taken as it is" in capsys.readouterr().out
-    assert load(tmp_path / "gqa" / MANIFEST)["partial"] is True
+    assert load(tmp_path / "gqa" / MANIFEST)["questions"]["gqa"]["testdev"]["partial"] is True
 
 
 def test_missing_pictures(originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,6 +97,7 @@ def test_archives_are_unpacked_as_they_come(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("cut", None, "a broken archive"),
+        ("flipped", None, "a broken archive: Error -3"),
         ("other", {"b": "1"}, "there is no a in it"),
         ("evil", {"a/../../outside": "1"}, "leads out of the folder"),
     ],
@@ -106,13 +107,15 @@ def test_archives_that_are_not_it(
 ) -> None:
     archive = tmp_path / "set.zip"
     if content is None:
-        zipped(archive, a="1" * 1000)
-        archive.write_bytes(archive.read_bytes()[:-30])
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+            packed.writestr("a", "1" * 1000)
+        whole = archive.read_bytes()  # the member's own bytes begin at 31
+        archive.write_bytes(whole[:-30] if name == "cut" else whole[:31] + b"\xff" * 4 + whole[35:])
     else:
         zipped(archive, **content)
     with pytest.raises(UserError, match=message):
         unpack(archive, "a", tmp_path / "root" / "a")
-    assert not (tmp_path / "root/a").exists()
+    assert not list(tmp_path.glob("root/*"))
     assert not (tmp_path / "outside").exists()
 
 

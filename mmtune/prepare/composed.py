@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,14 +10,17 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from mmtune.core.files import replacing
 from mmtune.data.image import load_image
 from mmtune.evaluation.metrics.base import Question
+from mmtune.prepare.originals import sha256
 
 MARGIN = 12  # pixels around everything
 LARGEST = 3.0  # no option is enlarged more than so many times
 LINE = (120, 120, 120)
+MADE_OF = "mmtune:made_of"  # the hash of the pictures, in the PNG's own text
 
 
 def compose(picture: Image.Image, options: Sequence[Image.Image]) -> Image.Image:
@@ -59,17 +63,25 @@ def compose(picture: Image.Image, options: Sequence[Image.Image]) -> Image.Image
 def compose_all(originals: Sequence[Question], composed: Sequence[Question], root: Path) -> int:
     """Draws what is not there of the composed questions' pictures, and returns how many that were.
 
-    originals: the same questions with their several pictures; one that lacks any is not drawn. Paths are
-    relative to `root`. Raises UserError for a picture that is broken, or cannot be written.
+    originals: the same questions with their several pictures; one that lacks any is not drawn. What was drawn
+    of other pictures, as its file says, does not stay. Paths are relative to `root`. Raises UserError for a
+    picture that is broken, or cannot be written.
     """
 
     def draw(pair: tuple[Question, Question]) -> bool:
         original, target = pair[0], root / str(pair[1].image)
-        if target.is_file() or not all((root / name).is_file() for name in original.images):
+        if not all((root / name).is_file() for name in original.images):
+            target.unlink(missing_ok=True)
+            return False
+        hashes = "".join(sha256(root / name) for name in original.images)
+        made_of = hashlib.sha256(hashes.encode()).hexdigest()
+        if target.is_file() and _made_of(target) == made_of:
             return False
         first, *options = [load_image(root / name) for name in original.images]
         with replacing(target) as temporary:
-            compose(first, options).save(temporary, format="PNG")
+            said = PngInfo()
+            said.add_text(MADE_OF, made_of)
+            compose(first, options).save(temporary, format="PNG", pnginfo=said)
         return True
 
     pool = ThreadPoolExecutor(os.cpu_count())
@@ -77,3 +89,11 @@ def compose_all(originals: Sequence[Question], composed: Sequence[Question], roo
         return sum(pool.map(draw, zip(originals, composed, strict=True)))
     finally:
         pool.shutdown(cancel_futures=True)  # not all the others after a broken one, or Ctrl-C
+
+
+def _made_of(drawn: Path) -> str | None:
+    try:
+        with Image.open(drawn) as picture:
+            return picture.info.get(MADE_OF)
+    except OSError:  # whatever it is, it is drawn anew
+        return None

@@ -15,6 +15,7 @@ from mmtune.data.chat import IMAGE
 from mmtune.data.image import is_there
 from mmtune.data.samples import read_llava
 from mmtune.evaluation.metrics.base import Question, some
+from mmtune.evaluation.metrics.exact import lettered_options
 from mmtune.evaluation.protocol import Protocol, load_protocol
 from mmtune.evaluation.question_files import asked_from
 from mmtune.evaluation.score import read_questions
@@ -65,19 +66,34 @@ def check(converted: Converted, file: Path, root: Path, partial: bool) -> str:
 
 def _check_samples(converted: Converted, file: Path, root: Path) -> str:
     card = load_card(converted.card)
-    for sample in read_llava(file, root / card.images):
+    official = asking(card)
+    known, _ = official.questions("train", root)
+    folder = root / card.images
+    questions = []
+    for number, sample in enumerate(read_llava(file, folder)):
         if lost := [path for path in sample.images if not is_there(path)]:
             mend = "Is the folder of the pictures the one that it was made for?"
             raise UserError(f"there is no picture {lost[0]}", where=sample.place, mend=mend)
+        asked = [turn.text for turn in sample.turns if turn.role == "user"]
+        said = [turn.text for turn in sample.turns if turn.role == "assistant"]
+        if len(asked) != 1 or len(said) != 1 or len(sample.images) != 1:
+            mend = "Is it this set's file? Else move it away."
+            raise UserError("it is not one question with one picture", where=sample.place, mend=mend)
+        text = asked[0].replace(IMAGE, "").strip()
+        image = os.path.relpath(str(sample.images[0]), folder)
+        identity, options = sample.id or str(number), lettered_options(text)
+        questions.append(Question(identity, text, tuple(said), image, cluster=image, choices=options))
+    _compare(questions, official, known, file)
     return f"data: [{{card: {converted.card}, split: {converted.split}}}]"
 
 
 def _compare(
     questions: Sequence[Question], official: Protocol, known: Sequence[Question], file: Path
 ) -> None:
-    """Raises UserError for questions that no official one is like: picture, first line and answer."""
+    """Raises UserError for questions that no official one is like: picture, first line, options, answer."""
     card = Card("", "", "", "", Path())
     right: dict[tuple[str, str], set[str]] = {}
+    options = {(*_key(question), _options(official.turns(question)[0].text)) for question in known}
     for question in known:
         [answer] = right_answers(card, official, question)
         right.setdefault(_key(question), set()).add(answer.casefold())
@@ -88,6 +104,10 @@ def _compare(
             where=file,
             mend="Picture and first line are compared. Is it of this set and split? Else move it away.",
         )
+    others = [q.id for q in questions if q.choices and (*_key(q), _options(q.text)) not in options]
+    if others:
+        mend = "Fetch the file anew, or move it away."
+        raise UserError(f"options that are not the official ones: {some(others)}", where=file, mend=mend)
     wrong = [
         question.id
         for question in questions
@@ -102,6 +122,10 @@ def _key(question: Question) -> tuple[str, str]:
     """The picture, whatever kind it was saved as, and the first line of the text."""
     first_line = question.text.strip().split("\n", 1)[0].strip().casefold()
     return os.path.splitext(question.image or "")[0], first_line
+
+
+def _options(text: str) -> tuple[str, ...]:
+    return tuple(option.strip().casefold() for option in lettered_options(text))
 
 
 def question_rows(card: Card, questions: Sequence[Question]) -> list[dict[str, Any]]:

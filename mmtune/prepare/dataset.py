@@ -82,20 +82,27 @@ def prepare(
             raise UserError(f"{name} has no card '{card}'", where="--cards", mend=nearest(card, known.cards))
     wanted = [each for each in known.originals if each.needed_for != "training" or chosen]
     needed = [each for each in wanted if each.needed_for != "more" and not (partial and each.task)]
-    if faults := absent(needed, source, root, known.licence):
+    faults = absent(needed, source, root, known.licence)
+    if source != root and not source.is_dir():
+        faults.insert(0, Fault("no such folder", str(source), "--source says where the originals lie."))
+    if faults:
         raise UserError.of(faults)
     job = Job(known, source, root, chosen, partial, seed)
     with alone_in(root), no_collection():
         path = root / MANIFEST
-        before: dict[str, Any] = {"originals": {}, "questions": {}, "made": {}, "converted": {}}
+        before: dict[str, Any] = {
+            "originals": {},
+            "questions": {},
+            "made": {},
+            "composed": {},
+            "converted": {},
+        }
         before |= an_object(read_json(path), path, "Move it away.") if path.is_file() else {}
         print(f"{name}: {known.about} Licence: {known.licence}. {known.page}")
         originals = _place_all(job, wanted, before["originals"])
         asked = _read_all(job)
         counted = _count(job, asked)
-        for each in asked:
-            if each.is_composed:
-                _compose(job, each)
+        drawn = {each.split: _compose(job, each) for each in asked if each.is_composed}
         made = {}
         for each in asked:
             if each.card is not None:
@@ -112,6 +119,7 @@ def prepare(
                 **{task: before["questions"].get(task, {}) | splits for task, splits in counted.items()},
             },
             "made": before["made"] | made,
+            "composed": before["composed"] | drawn,
             "converted": before["converted"] | _convert_all(job),
         }
         if after != before:
@@ -162,7 +170,7 @@ def _read_all(job: Job) -> list[Asked]:
     }
     for task in job.known.tasks:
         protocol = load_protocol(task)
-        if task in without or "composed" in protocol.options and task not in job.cards:
+        if task in without or ("composed" in protocol.options and task not in job.cards):
             continue
         for split, file in protocol.annotations.items():
             if split not in TRAINING and (job.root / file).exists():
@@ -187,8 +195,8 @@ def _read_all(job: Job) -> list[Asked]:
 def _count(job: Job, asked: Sequence[Asked]) -> dict[str, Any]:
     """How many questions each split of each task has, and how many of their pictures are missing.
 
-    Raises UserError where the counts are not the official ones or a picture is missing; with partial data it
-    says so.
+    Raises UserError where the counts are not the official ones, or where a picture is missing that is scored
+    or trained on; with partial data it says so.
     """
     counted: dict[str, Any] = {}
     lines: dict[str, None] = {}
@@ -208,7 +216,8 @@ def _count(job: Job, asked: Sequence[Asked]) -> dict[str, Any]:
         if other := protocol.other_count(split, len(questions)):
             faults[Fault(other, str(job.root), "Fetch it anew. --partial takes it as it is.")] = None
             right = f"; officially {official:,}"
-        if lost:
+        reported = split == protocol.report_split and protocol.task not in job.known.counted
+        if lost and (reported or each.card is not None):
             faults[pictures.fault_of(lost, questions, folder)] = None
         right += f"; {len(lost):,} pictures are missing" if lost else ""
         line = f"  {protocol.task}, {split}: {len(questions):,} questions{right}"
@@ -229,15 +238,17 @@ def _missing(job: Job, questions: Sequence[Question], folder: Path) -> list[str]
     return pictures.missing(questions, folder)
 
 
-def _compose(job: Job, each: Asked) -> None:
-    """Draws the pictures in which a question's and its options' are one."""
+def _compose(job: Job, each: Asked) -> dict[str, Any]:
+    """Draws the pictures in which a question's and its options' are one. Returns where and how many."""
     options = {key: value for key, value in each.protocol.options.items() if key != "composed"}
     annotations = job.root / each.protocol.annotations[each.split]
     apart = read_questions(replace(each.protocol, options=options), annotations)
     folder = job.root / each.protocol.images
-    said = f"{folder / each.protocol.options['composed']}: {len(each.questions):,} pictures"
-    print(f"  {said}", end="", flush=True)
+    composed = each.protocol.options["composed"]
+    print(f"  {folder / composed}: {len(each.questions):,} pictures", end="", flush=True)
     print(f", {compose_all(apart, each.questions, folder):,} of them drawn now")
+    there = len(each.questions) - len(pictures.missing(each.questions, folder))
+    return {"folder": composed, "pictures": there}
 
 
 def _make(job: Job, each: Asked, card: Card, before: dict[str, Any] | None) -> dict[str, Any]:

@@ -76,7 +76,8 @@ class Converted:
 @dataclass
 class Originals:
     """A set as it was published. tasks, cards: what reads it. gathered_from: folders out of which pictures
-    are linked to where the protocol reads them.
+    are linked to where the protocol reads them. counted: tasks whose pictures need not all be there, for
+    another asks a sample of their questions.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Originals:
     originals: list[Original]
     converted: list[Converted]
     gathered_from: list[str] = field(default_factory=list)
+    counted: list[str] = field(default_factory=list)
 
 
 def originals_names() -> list[str]:

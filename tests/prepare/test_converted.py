@@ -65,17 +65,52 @@ def test_a_question_file_is_linked_and_its_command_told(
     assert f"no prompt for the questions: {rows[0]['question_id']}" in capsys.readouterr().err
 
 
-def iconqa_rows(source: Path) -> list[dict[str, Any]]:
+def iconqa_rows(source: Path, split: str = "test") -> list[dict[str, Any]]:
     problems = load(source / "problems.json")
-    pids = load(source / "pid_splits.json")["choose_txt_test"]
+    pids = load(source / "pid_splits.json")[f"choose_txt_{split}"]
     rows = []
     for number, pid in enumerate(pids):
         choices = (f"{mark}. {text}" for mark, text in zip("ABC", problems[pid]["choices"], strict=True))
         text = "\n".join([problems[pid]["question"], *choices])
-        image = f"iconqa/test/choose_txt/{pid}/image.png"
+        image = f"iconqa/{split}/choose_txt/{pid}/image.png"
         answer = "ABC"[problems[pid]["answer"]]
         rows.append({"question_id": number, "image": image, "text": text, "answer": answer})
     return rows
+
+
+def llava_samples(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": number,
+            "image": row["image"],
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{row['text']}"},
+                {"from": "gpt", "value": row["answer"]},
+            ],
+        }
+        for number, row in enumerate(rows)
+    ]
+
+
+@pytest.mark.parametrize("name", ["iconqa"])
+def test_the_released_samples_are_the_training_split_of_the_official_ones(
+    name: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = iconqa_rows(source, "train")
+    other = "B" if right[0]["answer"] == "A" else "A"
+    for rows, said in (
+        (iconqa_rows(source), "questions that are not in iconqa_choose_txt's annotations: 0"),
+        ([right[0] | {"answer": other}, *right[1:]], "answers that are not the official ones: 0"),
+        (
+            [right[0] | {"text": right[0]["text"].replace("A. ", "A. not ")}, *right[1:]],
+            "options that are not the official ones: 0",
+        ),
+    ):
+        (source / "iconqa_txt-train.json").write_text(json.dumps(llava_samples(rows)))
+        assert prepare("iconqa", tmp_path, "--cards", "none") == 2
+        assert said in capsys.readouterr().err
+    (source / "iconqa_txt-train.json").write_text(json.dumps(llava_samples(right[5:])))
+    assert prepare("iconqa", tmp_path, "--cards", "none") == 0
 
 
 @pytest.mark.parametrize("name", ["iconqa"])
@@ -95,17 +130,7 @@ def test_the_released_iconqa_takes_the_place_of_ours(
     assert [[row[key] for key in same] for row in ours] == [[row[key] for key in same] for row in rows]
 
     lines(source / "IconQA_txt/iconqa_txt-test.jsonl", *rows[::-1])
-    samples = [
-        {
-            "id": number,
-            "image": row["image"],
-            "conversations": [
-                {"from": "human", "value": f"<image>\n{row['text']}"},
-                {"from": "gpt", "value": row["answer"]},
-            ],
-        }
-        for number, row in enumerate(rows)
-    ]
+    samples = llava_samples(iconqa_rows(source, "train"))
     (source / "IconQA_txt/iconqa_txt-train.json").write_text(json.dumps(samples))
     capsys.readouterr()
     assert prepare("iconqa", tmp_path, *card) == 0

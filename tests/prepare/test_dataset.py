@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mmtune.data.chat import Chat
 from mmtune.data.image import is_there
 from mmtune.data.samples import read_llava
 from mmtune.evaluation.protocol import load_protocol
+from mmtune.prepare import dataset
 from mmtune.prepare.dataset import MANIFEST
 from mmtune.prepare.originals import load_originals
 from tests import official
@@ -284,6 +286,62 @@ def test_missing_pictures(originals: Path, tmp_path: Path, capsys: pytest.Captur
     shutil.copy(originals / "gqa/images/2300003.jpg", source / "images")
     assert prepare("gqa", source, tmp_path / "gqa") == 0
     assert "24 samples, card gqa, split train\n" in capsys.readouterr().out
+
+
+def test_only_pictures_that_are_reported_or_trained_on_are_demanded(
+    originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The sample of OCR-VQA's test split needs its covers; the rest of the split and val are counted."""
+    source, root = tmp_path / "source", tmp_path / "ocrvqa"
+    shutil.copytree(originals / "ocrvqa", source)
+    few = load_protocol("ocrvqa")
+    few = replace(few, options={**few.options, "sample": 4}, expect={})
+    monkeypatch.setattr(
+        dataset, "load_protocol", lambda task: few if task == "ocrvqa" else load_protocol(task)
+    )
+    asked = {str(question.image) for question in few.questions("test", source)[0]}
+    every = {str(question.image) for question in load_protocol("ocrvqa_full").questions("test", source)[0]}
+    for name in ("2000000000.jpg", min(every - asked)):
+        (source / "images" / name).unlink()
+    assert prepare("ocrvqa", source, root, "--cards", "none", partial=False) == 0
+    assert "ocrvqa_full, test: 16 questions; 1 pictures are missing" in capsys.readouterr().out
+    (source / "images" / min(asked)).unlink()
+    assert prepare("ocrvqa", source, root, "--cards", "none", partial=False) == 2
+    assert f"pictures are not there: {min(asked)}" in capsys.readouterr().err
+
+
+def test_pictures_are_composed_anew_of_another_source(
+    originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, root = tmp_path / "source", tmp_path / "iconqa"
+    shutil.copytree(originals / "iconqa", source)
+    card = ("--cards", "iconqa_choose_img_composed")
+    assert prepare("iconqa", source, root, *card) == 0
+    assert load(root / MANIFEST)["composed"]["test"] == {"folder": "composed/test", "pictures": 12}
+    pid = load(source / "pid_splits.json")["choose_img_train"][0]
+    picture, drawn = source / f"iconqa/train/choose_img/{pid}/image.png", root / f"composed/train/{pid}.png"
+    before = state(root / "composed/train")
+    with Image.open(picture) as opened:
+        Image.new("RGB", opened.size, "red").save(picture)
+    (root / MANIFEST).unlink()
+    capsys.readouterr()
+    assert prepare("iconqa", source, root, *card) == 0
+    assert "24 pictures, 1 of them drawn now" in capsys.readouterr().out
+    after = state(root / "composed/train")
+    assert {name for name in after if after[name] != before[name]} == {drawn.name}
+    picture.unlink()
+    assert prepare("iconqa", source, root, *card) == 0
+    assert not drawn.exists()
+
+
+def test_a_source_that_is_not_there(
+    originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "gqa"
+    assert prepare("gqa", originals / "gqa", root) == 0
+    assert prepare("gqa", tmp_path / "gqq", root) == 2
+    assert f"{tmp_path}/gqq: no such folder" in capsys.readouterr().err
+    assert prepare("gqa", root, root) == 0
 
 
 def test_pictures_that_lie_where_they_are_read(

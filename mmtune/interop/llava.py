@@ -20,6 +20,7 @@ from mmtune.core.files import read_json
 from mmtune.interop.llava_forward import own_logits
 from mmtune.interop.source import Source, Wanted
 from mmtune.interop.weights import COPY, Stored, checkpoint, local, shape, tensors_of
+from mmtune.parts.foreign import unfitting_llava
 from mmtune.parts.language import load_tokenizer
 from mmtune.parts.loading import load_config, refusals
 
@@ -52,7 +53,7 @@ def read(folder: Path, wanted: Wanted) -> Source:
     """The parts of a folder of LLaVA's. Raises UserError with everything that mmtune cannot hold."""
     config = read_json(folder / "config.json")
     where = str(folder / "config.json")
-    if faults := [Fault(what, where, mend) for what, mend in unfitting(config)]:
+    if faults := [Fault(what, where, mend) for what, mend in unfitting_llava(config)]:
         raise UserError.of(faults)
     base = _base(folder, config, wanted)
     tensors = _by_part(folder, base, config.get("mm_projector_type", "linear"))
@@ -94,41 +95,6 @@ def read(folder: Path, wanted: Wanted) -> Source:
         adapter=adapter,
         files=[base / file for file in TOKENIZER if (base / file).is_file()],
     )
-    return found
-
-
-def unfitting(config: dict[str, Any]) -> list[tuple[str, str]]:
-    """What mmtune's parts cannot hold of a config.json of LLaVA's, and how to mend it."""
-    found = []
-    model_type = config.get("model_type")
-    if model_type not in ("llava", "llava_llama"):
-        found.append(
-            (f"its language model ({model_type}) is no Llama or Vicuna; no other can be imported", "")
-        )
-    projector = config.get("mm_projector_type", "linear")
-    if projector not in CONNECTOR_NAMES:
-        what = f"mmtune has no connector for mm_projector_type '{projector}'"
-        found.append((what, f"Known: {', '.join(CONNECTOR_NAMES)}."))
-    layer = config.get("mm_vision_select_layer")
-    if not isinstance(layer, int) or layer >= 0:
-        what = f"mm_vision_select_layer is {layer!r}; a negative number is expected"
-        found.append((what, "Count from the end: -2 is the layer before the last."))
-    if config.get("mm_vision_select_feature", "patch") != "patch":
-        what = f"mm_vision_select_feature '{config['mm_vision_select_feature']}' keeps the CLS token"
-        found.append((what, "mmtune's towers leave it out, as LLaVA-1.5 does ('patch')."))
-    if config.get("mm_use_im_start_end"):
-        what = "mm_use_im_start_end: mmtune's chat formats don't put a picture between two tokens"
-        found.append((what, "LLaVA-1.5 does not either."))
-    ratio = config.get("image_aspect_ratio") or "square"
-    if ratio not in ("pad", "square"):
-        what = f"image_aspect_ratio '{ratio}' cuts a picture into several; mmtune's towers take one"
-        found.append((what, "LLaVA-1.5 has 'pad'."))
-    if config.get("mm_patch_merge_type", "flat") != "flat":
-        found.append(
-            (f"mm_patch_merge_type '{config['mm_patch_merge_type']}': only 'flat' can be imported", "")
-        )
-    if config.get("s2"):
-        found.append(("s2: its tower sees a picture in several sizes, mmtune's in one", ""))
     return found
 
 

@@ -22,6 +22,7 @@ from mmtune.interop.chat_templates import chat_format, taking_text, template_of
 from mmtune.interop.comparison import placed
 from mmtune.interop.source import Source, Wanted
 from mmtune.interop.weights import Stored, checkpoint
+from mmtune.parts.foreign import layer_from_the_end, unfitting_llava_hf
 from mmtune.parts.language import load_tokenizer
 from mmtune.parts.loading import load_config
 
@@ -53,7 +54,6 @@ def read(folder: Path, wanted: Wanted) -> Source:
     if template is not None:
         tokenizer.chat_template = taking_text(tokenizer, template)
     config.text_config.tie_word_embeddings = config.tie_word_embeddings
-    layer = config.vision_feature_layer
     generation = folder / "generation_config.json"
     return Source(
         folder,
@@ -62,7 +62,7 @@ def read(folder: Path, wanted: Wanted) -> Source:
         "mlp2x_gelu",
         _by_part(checkpoint(folder), folder),
         tokenizer,
-        layer if layer < 0 else layer - config.vision_config.num_hidden_layers - 1,
+        layer_from_the_end(config.vision_feature_layer, config.vision_config.num_hidden_layers),
         mean,
         std,
         fit,
@@ -76,29 +76,9 @@ def read(folder: Path, wanted: Wanted) -> Source:
 def unfitting(config: LlavaConfig) -> list[tuple[str, str]]:
     """What keeps mmtune's parts and transformers' Llava from being one model, and how to mend it."""
     text: Any = config.text_config
-    vision: Any = config.vision_config
-    found = []
-    if getattr(config, "quantization_config", None):
-        found.append(("its weights are stored quantised", "Import the model in full precision."))
-    if vision.model_type != "clip_vision_model":
-        found.append((f"its tower is a {vision.model_type}; only CLIP towers can be imported", ""))
-    if not isinstance(config.vision_feature_layer, int):
-        what = (
-            f"it joins the features of layers {config.vision_feature_layer}; mmtune takes those of one layer"
-        )
-        found.append((what, ""))
-    if config.vision_feature_select_strategy != "default":
-        what = f"vision_feature_select_strategy '{config.vision_feature_select_strategy}' keeps the CLS token"
-        found.append((what, "mmtune's towers leave it out, as LLaVA does ('default')."))
-    if config.projector_hidden_act != "gelu" or not config.multimodal_projector_bias:
-        said = f"{config.projector_hidden_act}, {'with' if config.multimodal_projector_bias else 'no'} bias"
-        found.append((f"its projector ({said}) is not mlp2x_gelu: gelu, with bias", ""))
+    found = unfitting_llava_hf(config.to_dict())
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         found.append((f"transformers has no causal language model for a {text.model_type}", ""))
-    for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
-        if getattr(text, name, None) is not None:
-            what = f"{name} of a {text.model_type}: transformers' Llava leaves it out, and mmtune does not"
-            found.append((what, ""))
     return found
 
 

@@ -16,8 +16,15 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from mmtune.core.errors import UserError
-from mmtune.parts.foreign import LLAVA, LLAVA_HF, kind_of
+from mmtune.core.errors import Fault, UserError
+from mmtune.parts.foreign import (
+    LLAVA,
+    LLAVA_HF,
+    kind_of,
+    layer_from_the_end,
+    unfitting_llava,
+    unfitting_llava_hf,
+)
 from mmtune.parts.known import config_of
 from mmtune.parts.language import LanguageModel, load_tokenizer
 from mmtune.parts.loading import refusals, torch_dtype
@@ -33,9 +40,6 @@ from mmtune.parts.spec import (
 )
 from mmtune.parts.vision.base import VisionTower
 
-# The connectors of LLaVA's mm_projector_type, and the tower of transformers' vision model types.
-PROJECTORS = {"linear": "linear", "mlp2x_gelu": "mlp2x_gelu"}
-TOWER_OF = {"clip_vision_model": "clip"}
 TEXT = {"model_type": "llama", "vocab_size": 32000}  # what a text_config of transformers' Llava may leave out
 
 
@@ -126,38 +130,31 @@ def _base(name: str) -> ModelOptions:
 
 
 def _of_transformers(config: dict[str, Any], where: str) -> ModelOptions:
-    vision = config["vision_config"]
-    tower = _known(TOWER_OF, vision.get("model_type", "clip_vision_model"), "vision tower", where)
-    act, layer = config.get("projector_hidden_act", "gelu"), config.get("vision_feature_layer", -2)
-    if act != "gelu" or not isinstance(layer, int):
-        raise UserError(
-            f"projector_hidden_act {act!r} and vision_feature_layer {layer!r} are no connector of mmtune's",
-            where=where,
-            mend="It has to be a two-layer MLP with GELU on one hidden layer, as in LLaVA-1.5.",
-        )
+    _must_fit(unfitting_llava_hf(config), where)
+    vision = _of_family({"model_type": "clip_vision_model", **config["vision_config"]})
+    count = vision.get("num_hidden_layers", CONFIG_MAPPING["clip_vision_model"]().num_hidden_layers)
+    layer = layer_from_the_end(config.get("vision_feature_layer", -2), count)
     return ModelOptions(
-        vision=VisionOptions(tower, config=vision, layer=layer),
+        vision=VisionOptions("clip", config=vision, layer=layer),
         connector=ConnectorOptions("mlp2x_gelu"),
         language=LanguageOptions(config={**TEXT, **config["text_config"]}, tokenizer=where),
     )
 
 
 def _of_llava(config: dict[str, Any], where: str) -> ModelOptions:
-    kind = _known(PROJECTORS, config.get("mm_projector_type", "linear"), "connector", where)
-    language = {**config, "model_type": "llama"}
-    layer = config.get("mm_vision_select_layer", -2)
+    _must_fit(unfitting_llava(config), where)
     return ModelOptions(
-        vision=VisionOptions("clip", weights=config["mm_vision_tower"], layer=layer),
-        connector=ConnectorOptions(kind),
-        language=LanguageOptions(config=language, tokenizer=where),
+        vision=VisionOptions(
+            "clip", weights=config["mm_vision_tower"], layer=config["mm_vision_select_layer"]
+        ),
+        connector=ConnectorOptions(config.get("mm_projector_type", "linear")),
+        language=LanguageOptions(config={**config, "model_type": "llama"}, tokenizer=where),
     )
 
 
-def _known(table: dict[str, str], name: str, kind: str, where: str) -> str:
-    if name not in table:
-        mend = f"Known: {', '.join(sorted(table))}."
-        raise UserError(f"no {kind} of mmtune's is a {name!r}", where=where, mend=mend)
-    return table[name]
+def _must_fit(unfit: list[tuple[str, str]], where: str) -> None:
+    if unfit:
+        raise UserError.of(Fault(what, where, mend) for what, mend in unfit)
 
 
 def _tower(options: VisionOptions) -> VisionTower:

@@ -252,7 +252,7 @@ def _buffers(
     found = {**ZERO_DEFAULTS, **zero_config(settings, options.dtype, n)["zero_optimization"]}
     bucket = 4 * int(found["reduce_bucket_size"])
     if engine != "zero3":
-        return bucket
+        return 2 * bucket if found.get("overlap_comm") else bucket  # one fills while the other is sent
     whole, most = 0, int(found["stage3_max_live_parameters"]) + int(found["stage3_prefetch_bucket_size"])
     for parameter in model.parameters():
         if parameter.numel() <= found["stage3_param_persistence_threshold"]:

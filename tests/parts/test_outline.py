@@ -152,15 +152,15 @@ def test_a_part_in_the_place_of_the_bases(world: Path) -> None:
                 "vision_config": {"model_type": "siglip_vision_model"},
                 "text_config": {},
             },
-            "no vision",
+            "its tower is a siglip_vision_model",
         ),
         (
             {"model_type": "llava", "mm_vision_tower": "x", "mm_projector_type": "mlp9x"},
-            "no connector of mmtune's",
+            "no connector for mm_projector_type",
         ),
         (
             {"model_type": "llava", "vision_config": {}, "text_config": {}, "vision_feature_layer": [-2, -5]},
-            "are no connector of mmtune's",
+            "joins the features of layers",
         ),
         (
             {"model_type": "llava", "vision_config": {}, "text_config": {"model_type": "zz"}},
@@ -172,3 +172,25 @@ def test_a_config_that_cannot_be_read_is_a_fault(tmp_path: Path, config: dict[st
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=what):
         outline_of_configs(ModelOptions(base=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("base", "fields", "what"),
+    [
+        ("liuhaotian/llava-v1.5-7b", {"image_aspect_ratio": "anyres"}, "cuts a picture into several"),
+        ("liuhaotian/llava-v1.5-7b", {"mm_vision_select_feature": "cls_patch"}, "keeps the CLS token"),
+        ("liuhaotian/llava-v1.5-7b", {"model_type": "llava_mistral"}, "no Llama or Vicuna"),
+        ("llava-hf/llava-1.5-7b-hf", {"vision_feature_select_strategy": "full"}, "keeps the CLS token"),
+        ("llava-hf/llava-1.5-7b-hf", {"vision_feature_layer": 25}, "layer 0 of a tower with 24 layers"),
+    ],
+)
+def test_what_import_refuses_has_no_outline(tmp_path: Path, base: str, fields: Any, what: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**config_of(base), **fields}))
+    with pytest.raises(UserError, match=what):
+        outline_of_configs(ModelOptions(base=str(tmp_path)))
+
+
+def test_a_layer_counted_from_below(tmp_path: Path) -> None:
+    name = "llava-hf/llava-1.5-7b-hf"
+    (tmp_path / "config.json").write_text(json.dumps({**config_of(name), "vision_feature_layer": 23}))
+    assert outline(str(tmp_path)) == outline(name)

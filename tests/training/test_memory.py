@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partialmethod
@@ -163,3 +164,15 @@ def test_the_runs_own_way_comes_first_and_all_are_told_apart(world: Path, tmp_pa
     assert ways(2, engine="ddp") == ["DDP", "ZeRO-2", "ZeRO-3", "FSDP2", "DDP nf4"]
     assert ways(2, engine="zero1")[:3] == ["ZeRO-1", "DDP", "ZeRO-2"]
     assert ways(2, language=FULL, engine="fsdp2") == ["FSDP2", "DDP", "ZeRO-2", "ZeRO-3"]
+
+
+def test_overlapping_takes_a_second_bucket(world: Path, tmp_path: Path) -> None:
+    found = {}
+    for overlap in (False, True):
+        zero = {"stage": 2, "overlap_comm": overlap, "reduce_bucket_size": 1000}
+        file = tmp_path / f"{overlap}.json"
+        file.write_text(json.dumps({"zero_optimization": zero}))
+        train = {"engine": "zero2", "deepspeed": str(file)}
+        found[overlap] = estimated(run_options(world, tmp_path, train=train), processes=2)
+    buffers = {overlap: made.own.lines["the engine's buffers"] for overlap, made in found.items()}
+    assert buffers == {False: 4000, True: 8000}

@@ -76,7 +76,7 @@ def layers_up_to(layer: int, count: int, where: str) -> int:
     is taken. Raises UserError where there is none.
     """
     used = count + 1 + layer
-    if used < 1:
+    if layer >= 0 or used < 1:
         raise UserError(
             f"layer {layer} of a tower with {count} layers",
             where=where,

@@ -75,7 +75,8 @@ def render(
 
 def chat_format(tokenizer: PreTrainedTokenizerBase, template: str | None, where: Path) -> tuple[str, str]:
     """The chat format whose prompts a template writes, and a note on what was found: vicuna_v1 where it asks
-    as `USER: ... ASSISTANT:`, otherwise `template`. Raises UserError where there is none.
+    as `USER: ... ASSISTANT:` with Vicuna's system line or none, otherwise `template`. Raises UserError where
+    there is none.
     """
     if template is None:
         raise UserError(
@@ -94,9 +95,11 @@ def chat_format(tokenizer: PreTrainedTokenizerBase, template: str | None, where:
             where=where,
             mend="Name the chat format: --chat vicuna_v1 for LLaVA-1.5 on Vicuna.",
         )
-    if not asked.rstrip().endswith(f"USER: {IMAGE}\n{question} ASSISTANT:"):
+    before, turn, after = asked.partition(f"USER: {IMAGE}\n{question} ASSISTANT:")
+    system = before.strip().removeprefix(str(tokenizer.bos_token or "")).strip()
+    if not turn or after.strip() or system not in ("", VICUNA_SYSTEM):
         return "template", "chat: template, the one in its files"
-    if VICUNA_SYSTEM in asked:
+    if system:
         return "vicuna_v1", "chat: vicuna_v1, as its template has it"
     return (
         "vicuna_v1",

@@ -53,12 +53,18 @@ def read(folder: Path, wanted: Wanted) -> Source:
     """The parts of a folder of LLaVA's. Raises UserError with everything that mmtune cannot hold."""
     config = read_json(folder / "config.json")
     where = str(folder / "config.json")
-    if faults := [Fault(what, where, mend) for what, mend in unfitting_llava(config)]:
+    faults = [Fault(what, where, mend) for what, mend in unfitting_llava(config)]
+    named = wanted.vision or config["mm_vision_tower"]
+    if not isinstance(named, str) or not named:
+        faults.append(
+            Fault(f"mm_vision_tower is {named!r} and names no tower", where, "--vision DIR names it.")
+        )
+    if faults:
         raise UserError.of(faults)
     base = _base(folder, config, wanted)
     tensors = _by_part(folder, base, config.get("mm_projector_type", "linear"))
     adapter_config, adapter = _adapter(folder, tensors["language"])
-    tower, name = _place(wanted.vision or config["mm_vision_tower"], folder, "--vision")
+    tower, name = _place(named, folder, "--vision")
     vision = _vision_config(tower)
     tuned = bool(tensors["vision"])
     notes = [
@@ -107,7 +113,7 @@ def _base(folder: Path, config: dict[str, Any], wanted: Wanted) -> Path:
             )
         return folder
     if (folder / ADAPTER).is_file():
-        config = read_json(folder / ADAPTER)
+        config = _fields(folder / ADAPTER)
     elif not (folder / PROJECTOR).is_file():
         raise UserError(
             f"no weights: neither a whole model, nor {ADAPTER}, nor {PROJECTOR}", where=folder, mend=COPY
@@ -172,11 +178,14 @@ def _adapter(folder: Path, language: dict[str, Stored]) -> tuple[dict[str, Any] 
     """
     if not (folder / ADAPTER).is_file():
         return None, {}
-    config = read_json(folder / ADAPTER)
+    config = _fields(folder / ADAPTER)
     more = [name for name in _NOT_PLAIN if config.get(name)]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or more:
         said = ", ".join(more) or f"{config.get('peft_type')} with bias {config.get('bias', 'none')}"
         raise UserError(f"only plain LoRA can be imported, and this has {said}", where=folder / ADAPTER)
+    rank = config.get("r")
+    if not isinstance(rank, int):
+        raise UserError(f"r, the rank, is {rank!r}; a number is expected", where=folder / ADAPTER, mend=COPY)
     file = folder / "adapter_model.safetensors"
     file = file if file.is_file() else file.with_suffix(".bin")
     found: dict[str, Stored] = {}
@@ -188,7 +197,7 @@ def _adapter(folder: Path, language: dict[str, Stored]) -> tuple[dict[str, Any] 
             faults.append(f"{name} is no LoRA on a linear layer of the language model")
             continue
         p, q = weight.outline.shape
-        expected = torch.Size([config["r"], q] if match[2] == "A" else [p, config["r"]])
+        expected = torch.Size([rank, q] if match[2] == "A" else [p, rank])
         if tensor.outline.shape != expected:
             faults.append(f"{name} is {shape(tensor.outline)}, expected {expected[0]} x {expected[1]}")
         found[f"base_model.model.{match[1]}.lora_{match[2]}.weight"] = tensor
@@ -203,6 +212,13 @@ def _adapter(folder: Path, language: dict[str, Stored]) -> tuple[dict[str, Any] 
     if faults:
         raise UserError.of(Fault(what, str(file)) for what in faults[:10])
     return config, found
+
+
+def _fields(file: Path) -> dict[str, Any]:
+    said = read_json(file)
+    if not isinstance(said, dict):
+        raise UserError("fields and their values are expected, { ... }", where=file, mend=COPY)
+    return said
 
 
 def _language_fields(config: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +246,7 @@ def tower_tensors(folder: Path) -> dict[str, Stored]:
 
 def _normalisation(tower: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std) of the tower's pictures. Raises UserError where its folder does not say."""
-    said = read_json(tower / "preprocessor_config.json")
+    said = _fields(tower / "preprocessor_config.json")
     if any(len(said.get(name) or []) != 3 for name in ("image_mean", "image_std")):
         raise UserError("no image_mean and image_std", where=tower / "preprocessor_config.json", mend=COPY)
     return tuple(said["image_mean"]), tuple(said["image_std"])

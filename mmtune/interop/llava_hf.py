@@ -40,8 +40,11 @@ def read(folder: Path, wanted: Wanted) -> Source:
     """The parts of a llava-hf folder. Raises UserError with everything that mmtune cannot hold."""
     config: Any = load_config(str(folder))
     unfit = [Fault(what, str(folder / "config.json"), mend) for what, mend in unfitting(config)]
-    if wanted.base is not None:
-        unfit.append(Fault("--base is for a LoRA or a projector without its model; this is a whole one"))
+    for flag, given in (("--base", wanted.base), ("--vision", wanted.vision)):
+        if given is not None:
+            unfit.append(
+                Fault(f"{flag} is for folders of the original LLaVA that lack it; this is a whole one")
+            )
     if unfit:
         raise UserError.of(unfit)
     fit, mean, std, notes = _pictures(folder, config.vision_config.image_size, wanted)
@@ -70,6 +73,7 @@ def read(folder: Path, wanted: Wanted) -> Source:
         lambda batch, pixels: own_logits(folder, batch, pixels),
         read_json(generation) if generation.is_file() else None,
         notes,
+        files=[folder / "tokenizer.model"] if (folder / "tokenizer.model").is_file() else [],
     )
 
 
@@ -155,6 +159,8 @@ def _pictures(
         if said.get(name, True) is not True:
             faults.append(f"{name} is off")
     fit: Literal["pad", "crop"] = "pad" if said.get("do_pad") else "crop"
+    if fit == "crop" and said.get("do_center_crop", True) is not True:
+        faults.append("do_center_crop is off")
     if fit == "crop" and "shortest_edge" not in size:
         faults.append("it squashes pictures to a square: mmtune pads or crops them")
     if faults:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, CLIPVisionModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -28,6 +29,7 @@ from mmtune.parts.spec import (
     ModelOptions,
     VisionOptions,
 )
+from mmtune.parts.vision.base import layers_up_to
 
 ORIGIN = "origin.json"  # beside a tower that is a copy: of what
 # Buffers that older versions of transformers saved and newer ones work out.
@@ -80,7 +82,14 @@ class Source:
     files: list[Path] = field(default_factory=list)
 
     def check(self) -> None:
-        """Raises UserError that names the tensors that are missing, unknown or of another shape."""
+        """Raises UserError that names the tensors that are missing, unknown or of another shape; and for a
+        layer or a chat template that is not there.
+        """
+        layers_up_to(self.layer, self.vision.num_hidden_layers, str(self.folder / "config.json"))
+        if self.chat == "template" and not self.tokenizer.chat_template:
+            raise UserError(
+                "the tokenizer has no chat template", where=self.folder, mend="Name another --chat."
+            )
         with torch.device("meta"), refusals(str(self.folder)):
             made = {
                 "vision": CLIPVisionModel(self.vision),
@@ -102,10 +111,23 @@ class Source:
                 if expected[name].shape != found[name].outline.shape:
                     shapes = shape(found[name].outline), shape(expected[name])
                     faults.append(f"the {part}'s {name} is {shapes[0]}, by the config {shapes[1]}")
+        if self.adapter:
+            places = self._adapter_places(made["language"])
+            faults += [f"the adapter lacks {name}" for name in sorted(places - self.adapter.keys())]
+            faults += [
+                f"the adapter's config has no place for {name}"
+                for name in sorted(self.adapter.keys() - places)
+            ]
         if faults:
             shown = [Fault(fault, str(self.folder), COPY) for fault in faults[:10]]
             more = [Fault(f"and {len(faults) - 10} more")] if len(faults) > 10 else []
             raise UserError.of([*shown, *more])
+
+    def _adapter_places(self, language: Any) -> set[str]:
+        """The tensors that an adapter has by its config, as peft names them."""
+        with torch.device("meta"), refusals(str(self.folder / "adapter_config.json"), "peft"):
+            adapted = get_peft_model(language, PeftConfig.from_pretrained(str(self.folder)))
+            return {*get_peft_model_state_dict(adapted)}
 
     def write(self, folder: Path) -> None:
         """Writes a model folder of its own, every tensor as it is in its file."""

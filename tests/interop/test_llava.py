@@ -214,6 +214,8 @@ def test_how_pictures_become_square(tmp_path: Path, clip: Path, ratio: str | Non
         ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type 'spatial_unpad'"),
         ({"model_type": "llava_mpt"}, "no Llama or Vicuna"),
         ({"s2": True}, "several sizes"),
+        ({"mm_vision_tower": None}, "mm_vision_tower is None"),
+        ({"mm_vision_select_layer": -9}, "source/config.json: layer -9 of a tower with 4 layers"),
         ({"hidden_size": 40}, "by the config"),
     ],
 )
@@ -331,6 +333,41 @@ def test_an_adapter_elsewhere_or_of_another_size_is_refused(
     torch.save(factors, source / "adapter_model.bin")
     with pytest.raises(UserError, match=said):
         import_model(str(source), tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda config: [], "fields and their values are expected"),
+        (lambda config: {name: config[name] for name in config if name != "r"}, "r, the rank, is None"),
+    ],
+)
+def test_a_broken_config_of_an_adapter_is_refused(
+    tmp_path: Path, clip: Path, vicuna: Path, change: Any, said: str
+) -> None:
+    source = original.save_lora(tmp_path / "source", clip, vicuna)
+    file = source / "adapter_config.json"
+    original.write(file, change(json.loads(file.read_text())))
+    with pytest.raises(UserError, match=f"{file}: {said}"):
+        import_model(str(source), tmp_path / "model")
+
+
+def test_an_adapter_that_lacks_a_layer_is_named_where_it_lies(
+    tmp_path: Path, clip: Path, vicuna: Path
+) -> None:
+    source = original.save_lora(tmp_path / "source", clip, vicuna)
+    factors = torch.load(source / "adapter_model.bin", weights_only=True)
+    kept = {name: factor for name, factor in factors.items() if "layers.1.mlp.up_proj" not in name}
+    torch.save(kept, source / "adapter_model.bin")
+    lacking = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+    with pytest.raises(UserError, match=f"{source}: the adapter lacks {lacking}"):
+        import_model(str(source), tmp_path / "model")
+
+
+def test_a_chat_template_that_is_asked_for_has_to_be_there(tmp_path: Path, clip: Path) -> None:
+    source = original.save_llava(tmp_path / "source", clip)
+    with pytest.raises(UserError, match=f"{source}: the tokenizer has no chat template"):
+        import_model(str(source), tmp_path / "model", Wanted(chat="template"))
 
 
 def test_half_an_adapter_is_refused(tmp_path: Path, clip: Path, vicuna: Path) -> None:

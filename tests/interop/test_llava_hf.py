@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from mmtune.cli import main
 from mmtune.core.errors import UserError
@@ -21,6 +21,7 @@ from mmtune.interop.importing import import_model
 from mmtune.interop.source import Wanted
 from mmtune.parts.model import VisionLanguageModel
 from tests import tiny_models as tiny
+from tests.interop import original_llava as original
 from tests.tiny_llava import answers, compared, save_llava_hf
 
 OLD = {"vision_tower.": "vision_tower.vision_model."}  # transformers 4.x
@@ -132,6 +133,37 @@ def test_a_template_with_its_system_line_is_vicunas(tmp_path: Path) -> None:
     assert import_model(str(source), tmp_path / "m")["notes"][1] == "chat: vicuna_v1, as its template has it"
 
 
+def test_a_template_with_another_system_line_is_kept(tmp_path: Path) -> None:
+    source = save_llava_hf(tmp_path / "source")
+    file = source / "chat_template.jinja"
+    file.write_text("You are a careful radiologist. " + file.read_text())
+    assert import_model(str(source), tmp_path / "m")["notes"][1] == "chat: template, the one in its files"
+    model = VisionLanguageModel.from_pretrained(tmp_path / "m")
+    asked = model.language.tokenizer.decode(model.chat.prompt([Turn("user", "What?")]))
+    assert asked == "You are a careful radiologist. USER: What? ASSISTANT:"
+
+
+def test_the_model_of_its_tokenizer_comes_along(tmp_path: Path) -> None:
+    original.save_tokenizer(tmp_path / "tokenizer")
+    original.write(tmp_path / "tokenizer/config.json", {"model_type": "llama"})
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    source = save_llava_hf(tmp_path / "source", tokenizer=tokenizer)
+    shutil.copy(tmp_path / "tokenizer/tokenizer.model", source)
+    import_model(str(source), tmp_path / "model")
+    copied = tmp_path / "model/language/tokenizer.model"
+    assert copied.read_bytes() == (source / "tokenizer.model").read_bytes()
+    text = "A red square.</s>USER: <image>What is 12, and 7?"
+    same = [AutoTokenizer.from_pretrained(each)(text)["input_ids"] for each in (source, copied.parent)]
+    assert same[0] == same[1]
+
+
+def test_what_a_whole_model_has_is_not_named_beside_it(tmp_path: Path) -> None:
+    source = save_llava_hf(tmp_path / "source")
+    with pytest.raises(UserError) as refused:
+        import_model(str(source), tmp_path / "model", Wanted(base="some/model", vision="some/tower"))
+    assert [fault.what[:12] for fault in refused.value.faults] == ["--base is fo", "--vision is "]
+
+
 def test_a_layer_counted_from_below(tmp_path: Path) -> None:
     source = save_llava_hf(tmp_path / "source", vision_feature_layer=2)
     import_model(str(source), tmp_path / "model")
@@ -219,6 +251,7 @@ def test_what_cannot_be_held_is_said_at_once(tmp_path: Path) -> None:
         ({"resample": 2}, "resample 2: mmtune resizes bicubically"),
         ({"crop_size": {"height": 8, "width": 8}}, r"pictures of \[8, 16\] pixels for a tower that takes 16"),
         ({"do_normalize": False}, "do_normalize is off"),
+        ({"do_center_crop": False}, "do_center_crop is off"),
         (None, "no image processor"),
     ],
 )

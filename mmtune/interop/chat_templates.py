@@ -95,6 +95,7 @@ def chat_format(tokenizer: PreTrainedTokenizerBase, template: str | None, where:
             where=where,
             mend="Name the chat format: --chat vicuna_v1 for LLaVA-1.5 on Vicuna.",
         )
+    asked = asked.replace(f"{IMAGE} \n", f"{IMAGE}\n")  # as `vicuna` writes it where the tokenizer does not
     before, turn, after = asked.partition(f"USER: {IMAGE}\n{question} ASSISTANT:")
     system = before.strip().removeprefix(str(tokenizer.bos_token or "")).strip()
     if not turn or after.strip() or system not in ("", VICUNA_SYSTEM):

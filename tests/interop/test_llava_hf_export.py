@@ -153,6 +153,9 @@ def test_ids_are_ours_for_every_kind_of_tokenizer(
     made = export_llava_hf(folder, tmp_path / "out")
     ids = next(row for row in made["comparison"] if row["what"].startswith("ids"))
     assert ids["largest"] == 0 and ids["positions"] > 190
+    import_model(str(tmp_path / "out"), tmp_path / "back")
+    back = json.loads((tmp_path / "back/config.json").read_text())
+    assert back["language"]["chat"] == chat
     config = LlavaConfig.from_pretrained(tmp_path / "out")
     assert config.image_token_index == len(tokenizer)
     text: Any = config.text_config

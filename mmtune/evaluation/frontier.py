@@ -7,6 +7,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 from xml.etree import ElementTree
 
@@ -50,7 +51,8 @@ def draw_frontier(report: dict[str, Any], path: Path) -> None:
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(10.2 if numbered else 7.5, 5.3), dpi=160, layout="constrained")
         axes = figure.add_subplot()
-        figure.suptitle(frontier_title(report), x=0.02, ha="left", fontsize=12, fontweight="bold", color=INK)
+        title = fill(frontier_title(report), 68)  # characters; the picture takes some 75
+        figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold", color=INK)
         axes.set_title("\n".join(frontier_legend(report)), loc="left", fontsize=8.5, color=PALE)
         _draw(figure, report, numbered, key=numbered)
         with replacing(path) as temporary:

@@ -16,6 +16,7 @@ from mmtune.core.errors import UserError
 from mmtune.core.files import read_json
 from mmtune.core.table import nearest
 from mmtune.data.cards import load_card
+from mmtune.data.chat import FORMATS
 from mmtune.data.shards import hash_shards, is_shards, shard_files
 from mmtune.parts.spec import PARTS, ModelOptions, quantization, saved_part
 from mmtune.training.zero_json import json_faults
@@ -250,14 +251,22 @@ class EvaluateOptions:
 
 @dataclass
 class Stage:
-    """One training: data, tuners, schedule; replayed data and a term that holds it to the base, if wanted."""
+    """One training: data, tuners, schedule; replayed data and a term that holds it to the base, if wanted.
+
+    chat: the format its samples are tokenised in, where that is not the model's: LLaVA aligns its connector
+    with plain. The model that comes out keeps its own.
+    """
 
     data: list[DataOptions]
     train: TrainOptions
     tune: TuneOptions = field(default_factory=TuneOptions)
     replay: ReplayOptions | None = None
     kl: KlOptions | None = None
+    chat: str | None = None
     name: str = ""
+
+    def check(self, fault: Report) -> None:
+        _check_chat(self.chat, fault)
 
     @property
     def all_data(self) -> list[DataOptions]:
@@ -276,6 +285,7 @@ class RunOptions:
     tune: TuneOptions | None = None
     replay: ReplayOptions | None = None
     kl: KlOptions | None = None
+    chat: str | None = None
     train: TrainOptions | None = None
     stages: list[Stage] | None = None
     evaluate: EvaluateOptions | None = None
@@ -287,7 +297,7 @@ class RunOptions:
                 if not getattr(self, name):
                     fault("", f"'{name}' is missing", "Or give 'stages'.")
         else:
-            for name in ("data", "tune", "train", "replay", "kl"):
+            for name in ("data", "tune", "train", "replay", "kl", "chat"):
                 if getattr(self, name) is not None:
                     fault(name, f"'{name}' and 'stages' exclude each other")
             if not self.stages:
@@ -295,6 +305,7 @@ class RunOptions:
         for where, stage in self._stages_by_place() if self.stages or (self.data and self.train) else ():
             check_prune(stage, where, fault)
         check_name(self.name, fault)
+        _check_chat(self.chat, fault)
         whole = self.model.base and not any(getattr(self.model, part) for part in PARTS)
         for name in ("attribution", "scales", "kl"):
             if self.evaluate and getattr(self.evaluate, name) and not whole:
@@ -349,7 +360,7 @@ class RunOptions:
         if self.stages is not None:
             return self.stages
         assert self.data and self.train and self.tune
-        return [Stage(self.data, self.train, self.tune, self.replay, self.kl)]
+        return [Stage(self.data, self.train, self.tune, self.replay, self.kl, self.chat)]
 
 
 def check_prune(stage: Stage, where: str, fault: Report) -> None:
@@ -374,6 +385,11 @@ def check_scales(scales: Sequence[float], fault: Report) -> None:
             fault(f"scales.{i}", f"expected 0 to 1, found {scale}", "0 is the base, 1 the tuned model.")
         if scale in scales[:i]:
             fault(f"scales.{i}", f"{scale} is given twice")
+
+
+def _check_chat(chat: str | None, fault: Report) -> None:
+    if chat is not None and chat not in FORMATS:
+        fault("chat", f"unknown chat format '{chat}'", nearest(chat, list(FORMATS)))
 
 
 def check_name(name: str, fault: Report) -> None:

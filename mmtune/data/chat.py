@@ -114,6 +114,15 @@ class Chat:
         after_special = tokenizer(tokenizer.eos_token + "x", add_special_tokens=False).input_ids[1:]
         self.dummy_after_special = after_special == self._raw("x")
 
+    def in_format(self, format: str | None) -> Chat:
+        """The same tokenizer and pictures in another of the FORMATS, or this one for None.
+
+        Raises UserError for a format the tokenizer cannot serve.
+        """
+        if format in (None, self.format):
+            return self
+        return Chat(self.tokenizer, format, self.image_tokens, self.context)
+
     def encode(self, turns: list[Turn]) -> tuple[list[int], list[int]]:
         """Ids of a whole conversation, and labels: the id where the assistant speaks, else IGNORE.
 

@@ -22,7 +22,7 @@ from rich.text import Text
 from mmtune.core.config import Source, build, to_dict
 from mmtune.core.errors import Fault, UserError
 from mmtune.data.batches import Example, check_pictures, encode_samples
-from mmtune.data.chat import IGNORE, IMAGE, IMAGE_ID, Chat
+from mmtune.data.chat import FORMATS, IGNORE, IMAGE, IMAGE_ID, Chat
 from mmtune.data.image import Picture, is_there, load_image
 from mmtune.data.samples import MOST_FAULTS, Sample
 from mmtune.evaluation.protocol import load_protocol, load_suite
@@ -93,6 +93,7 @@ class StageFound:
     replayed: int = 0
     steps: int = 0
     chat: Chat | None = None
+    models_chat: str = ""
     image_tokens: int = 0
     sizes: dict[str, int] = field(default_factory=dict)
     memory: Estimate | None = None
@@ -154,7 +155,9 @@ def _check_stage(
     gpus: Gpus,
 ) -> StageFound:
     """pictures: None where no data is to be read."""
-    found = StageFound(stage.name, chat=getattr(model, "chat", None))
+    found = StageFound(stage.name)
+    if own := getattr(model, "chat", None):
+        found.chat, found.models_chat = faults.gather(key, own.in_format, stage.chat), own.format
     tuners: dict[str, Tuner] = {part: getattr(stage.tune, part).make() for part in PARTS}
     attached = []
     if model:
@@ -300,6 +303,7 @@ def _stages(source: Source, options: RunOptions | None) -> Iterator[tuple[Key, S
                 _block(source, TrainOptions, *key, "train") or NO_LIMITS,
                 _block(source, TuneOptions, *key, "tune") or TuneOptions(),
                 _block(source, ReplayOptions, *key, "replay"),
+                chat=chat if (chat := _at(source, *key, "chat")) in FORMATS else None,
             ),
         )
 
@@ -326,7 +330,7 @@ def _block(source: Source, cls: type, *key: str) -> Any:
 def _placed(fault: Fault, source: Source, key: Key) -> Fault:
     """A fault of a config's entry, `tune.language.rank`, with the file and line where it stands."""
     top, *rest = fault.where.split(".")
-    if top in ("tune", "train", "replay"):
+    if top in ("tune", "train", "replay", "chat"):
         return Fault(fault.what, source.where((*key, top, *rest)), fault.mend)
     if top == "model":
         return Fault(fault.what, source.where((top, *rest)), fault.mend)
@@ -351,6 +355,9 @@ def _print_stage(
         described = to_dict(getattr(stage.tune, part))
         line = yaml.safe_dump(described, default_flow_style=True, sort_keys=False, width=MOST_COLUMNS)
         console.print(f"  {part}: {line.strip()}", markup=False, soft_wrap=True)
+    if found.chat:
+        own = "" if found.chat.format == found.models_chat else f"; the model's own is {found.models_chat}"
+        console.print(f"chat format: {found.chat.format}{own}")
     if found.sizes:
         console.print(_sizes(found), soft_wrap=True)
     if found.examples and found.steps:

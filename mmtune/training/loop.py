@@ -118,8 +118,9 @@ def _train_stage(
         model.vision.checkpoint_activations()
         model.language.checkpoint_activations()
 
-    examples = read_examples(model.chat, stage.data, settings)
-    pool, replayed = read_replay(model.chat, stage, len(examples), options.seed)
+    chat = model.chat.in_format(stage.chat)
+    examples = read_examples(chat, stage.data, settings)
+    pool, replayed = read_replay(chat, stage, len(examples), options.seed)
     plan = make_plan(examples, settings, options.seed, pool, replayed)
     steps = len(plan)
     for tuner in tuners.values():
@@ -130,7 +131,7 @@ def _train_stage(
     probe = None
     if settings.probe and teacher:
         data = settings.probe.data
-        seen = read_examples(model.chat, data, settings) if data else examples
+        seen = read_examples(chat, data, settings) if data else examples
         probe = Probe(spread(seen, settings.probe.samples), settings, teacher, engine)
     examples += pool
 

@@ -14,10 +14,12 @@ from mmtune.parts.known import CONFIGS, KNOWN, config_of
 def test_every_config_is_known_by_the_name_it_says() -> None:
     assert {path.name for path in CONFIGS.iterdir()} == set(KNOWN.values())
     for name, file in KNOWN.items():
-        about = read_json(CONFIGS / file)["_about"]
+        kept = read_json(CONFIGS / file)
+        about = kept["_about"]
         assert about["of"].split(",")[0] == name
         assert about["licence"] and about["source"]
-        assert "_about" not in config_of(name)
+        known = config_of(name, "open_clip_config.json" if "model_cfg" in kept else "config.json")
+        assert known == {key: value for key, value in kept.items() if key != "_about"}
 
 
 def test_a_folder_comes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,8 +33,17 @@ def test_a_folder_comes_before_a_name(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_an_unknown_name_is_told_the_nearest() -> None:
     with pytest.raises(UserError, match=r"Did you mean 'llava-hf/llava-1.5-7b-hf'\?"):
         config_of("llava-hf/llava-1.5-7b")
-    with pytest.raises(UserError, match="Known: TinyLlama/TinyLlama"):
+    with pytest.raises(UserError, match="Known: Qwen/Qwen2"):
         config_of("/nowhere")
+
+
+def test_each_is_known_by_the_file_it_has() -> None:
+    name = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    assert set(config_of(name, "open_clip_config.json")) == {"model_cfg", "preprocess_cfg"}
+    with pytest.raises(UserError, match=r"its open_clip_config.json is known here, not its config.json"):
+        config_of(name)
+    with pytest.raises(UserError, match=r"its config.json is known here, not its open_clip_config.json"):
+        config_of("facebook/dinov2-large", "open_clip_config.json")
 
 
 def test_a_folder_without_a_config_is_a_fault(tmp_path: Path) -> None:

@@ -27,8 +27,11 @@ from tests import tiny_models
 
 # Of llava-hf/llava-1.5-7b-hf, by its safetensors files: 686 tensors, 14,126,854,144 bytes in 16 bits.
 LLAVA_7B = 7_063_427_072
-# Llama 2's counts, which Vicuna v1.5 shares; TinyLlama's safetensors metadata on the hub.
+# Llama 2's counts, which Vicuna v1.5 shares; of the others the safetensors metadata on the hub.
 LANGUAGE = {
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
     "lmsys/vicuna-7b-v1.5": 6_738_415_616,
     "lmsys/vicuna-13b-v1.5": 13_015_864_320,
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,

@@ -111,15 +111,19 @@ def test_every_stage_is_shown(world: Path, tmp_path: Path, said: Said) -> None:
         "train": {"steps": 4, "batch_size": 3, "max_length": 512},
     }
     stages = [
-        {"name": "align", **block, "tune": {"connector": FULL}},
+        {"name": "align", **block, "chat": "plain", "tune": {"connector": FULL}},
         {"name": "task", **block, "tune": {"language": LORA}},
     ]
     out = said(run_file(world, tmp_path, stages=stages), samples=1)
     first, second = out.split("Stage 2: task")
     assert "Stage 1: align" in first
+    asked = some[0]["conversations"][0]["value"].replace(IMAGE, "").strip()
+    assert "chat format: plain; the model's own is template" in first and asked not in first
+    assert "chat format: template" in second and asked in second
     assert "full" in first and "lora" not in first
     assert "lora" in second and "full" not in second
-    assert first.count("[[") == second.count("[[") == len(some[0]["conversations"][1::2])
+    assert first.count("[[") == 1  # plain leaves nothing between one answer and the next
+    assert second.count("[[") == len(some[0]["conversations"][1::2])
 
 
 def test_replayed_samples_are_counted_as_in_training(
@@ -154,6 +158,21 @@ def test_faults_of_replayed_data_are_found_with_the_others(world: Path, tmp_path
             assert any(word in fault for fault in found), (word, found)
     share = next(fault for fault in found if "comes to none" in fault)
     assert "run.yaml, line" in share and "replay.share" in share
+
+
+def test_a_chat_format_that_is_unknown_or_cannot_be_served(world: Path, tmp_path: Path) -> None:
+    assert any(
+        "unknown chat format 'plan'" in said for said in faults(run_file(world, tmp_path, chat="plan"))
+    )
+    base = tmp_path / "base"
+    shutil.copytree(world / "base", base)
+    described = json.loads((base / "config.json").read_text())
+    described["language"]["chat"] = "plain"
+    (base / "config.json").write_text(json.dumps(described))
+    for file in base.rglob("chat_template.jinja"):
+        file.unlink()
+    path = run_file(world, tmp_path, model={"base": str(base)}, chat="template")
+    assert faults(path) == [f"{base / 'language'}: the tokenizer has no chat template"]
 
 
 def test_samples_that_are_skipped_are_named(world: Path, tmp_path: Path, said: Said) -> None:

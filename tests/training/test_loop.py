@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -422,6 +423,23 @@ def test_stages_go_on_from_one_another(world: Path, tmp_path: Path) -> None:
     assert greatest_difference(trained(final), trained(train(two))) == 0
     expected = [line["loss"] for run in (one, two) for line in metrics(run.folder)]
     assert [line["loss"] for line in lines] == expected
+
+
+def test_a_stage_may_have_another_chat_format(world: Path, tmp_path: Path) -> None:
+    options = run_options(world, tmp_path, "align", chat="plain", tune={**PLAIN, "language": FROZEN})
+    final = train(options)
+    assert json.loads((final / "config.json").read_text())["language"]["chat"] == "template"
+
+    base = tmp_path / "base"
+    shutil.copytree(world / "base", base)
+    described = json.loads((base / "config.json").read_text())
+    described["language"]["chat"] = "plain"
+    (base / "config.json").write_text(json.dumps(described))
+    of_the_model = run_options(
+        world, tmp_path, "model", model={"base": str(base)}, tune={**PLAIN, "language": FROZEN}
+    )
+    assert greatest_difference(trained(final), trained(train(of_the_model))) == 0
+    assert metrics(options.folder)[0]["loss"] == metrics(of_the_model.folder)[0]["loss"]
 
 
 def to_plain(options: RunOptions) -> list[dict[str, str]]:

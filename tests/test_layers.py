@@ -17,6 +17,7 @@ data.tiny data.tiny_tokenizer
 parts.foreign parts.spec parts.known parts.fingerprint parts.loading
 parts.vision.base parts.vision.clip parts.vision.open_clip
 parts.connector.base parts.connector.linear parts.connector.mlp
+parts.connector.pixel_shuffle parts.connector.resampler
 parts.quantized parts.language parts.model parts.outline parts.between parts.adapters
 tuning.shards tuning.fsdp_shards tuning.zero_shards tuning.base tuning.penalty_triton tuning.penalty
 tuning.segments tuning.importance tuning.joined

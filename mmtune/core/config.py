@@ -8,6 +8,7 @@ so too: `field(default=None, metadata=presets_in(folder))`.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import sys
 import types
@@ -298,6 +299,27 @@ def build(cls: type, tree: Any, key: Path_, source: Source) -> Any:
             if not unknown:  # otherwise it went on to what cannot be told without the field
                 raise
     return made if len(source.faults) == before else None
+
+
+def argument_faults(make: Any, given: dict[str, Any], leading: int, where: str) -> list[Fault]:
+    """The faults of a user's values for the keyword arguments of a class, by the annotations of __init__.
+
+    leading: so many of its arguments are not the user's to give.
+    """
+    signature = inspect.signature(make)
+    known = list(signature.parameters)[leading:]
+    hints = typing.get_type_hints(make.__init__)
+    source = Source.parsed(Path(where), given)
+    for name, value in given.items():
+        if name not in known:
+            mend = nearest(name, known) if known else "It has no options."
+            source.fault((name,), f"unknown option '{name}'", mend)
+        elif name in hints:
+            _convert(hints[name], value, (name,), source)
+    for name in known:
+        if name not in given and signature.parameters[name].default is inspect.Parameter.empty:
+            source.fault((), f"the option '{name}' is missing")
+    return [Fault(fault.what, fault.where.replace(", ", "."), fault.mend) for fault in source.faults]
 
 
 def _with_preset(

@@ -22,12 +22,11 @@ from mmtune.core.files import read_json, shipped, write_json
 from mmtune.data.batches import Batch
 from mmtune.data.chat import IGNORE, IMAGE_ID, Chat, Turn
 from mmtune.data.image import ImageTransform
-from mmtune.parts.connector.base import Connector
+from mmtune.parts.connector.base import Connector, new_connector
 from mmtune.parts.fingerprint import not_ours, quantized_config
 from mmtune.parts.language import LanguageModel
 from mmtune.parts.loading import load_adapter, torch_dtype
 from mmtune.parts.spec import (
-    CONNECTORS,
     PARTS,
     TOWERS,
     ConnectorOptions,
@@ -297,7 +296,7 @@ def assemble(options: ModelOptions, exact: Collection[str] = ()) -> VisionLangua
     language = _language(held, dtypes["language"])
     vision.attend_by(options.attention)
     language.attend_by(options.attention)
-    connector = CONNECTORS.load(options.connector.kind)(vision.width, language.width)
+    connector = new_connector(options.connector, vision.width, language.width)
     connector.to(dtypes["connector"])
     if options.connector.weights is not None:
         connector.load(Path(options.connector.weights))
@@ -321,7 +320,7 @@ def load_part(
     options = getattr(read_options(folder), name)
     part: Any
     if name == "connector":
-        part = CONNECTORS.load(options.kind)(like.vision.width, like.language.width)
+        part = new_connector(options, like.vision.width, like.language.width)
         part.to(torch_dtype(dtype))
         part.load(Path(options.weights))
     else:
@@ -384,7 +383,7 @@ def write_options(folder: Path, options: ModelOptions, adapters: Collection[str]
 
 
 def _vision(options: VisionOptions, dtype: torch.dtype) -> VisionTower:
-    tower = TOWERS.load(options.tower)
+    tower = TOWERS.load(options.tower, "model.vision.tower")
     if options.weights is not None:
         return tower.load(options.weights, options.layer, dtype)
     return tower.create(options.config, options.layer).to(dtype)

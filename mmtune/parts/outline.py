@@ -17,6 +17,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from mmtune.core.errors import Fault, UserError
+from mmtune.parts.connector.base import new_connector
 from mmtune.parts.foreign import (
     LLAVA,
     LLAVA_HF,
@@ -30,7 +31,6 @@ from mmtune.parts.language import LanguageModel, load_tokenizer
 from mmtune.parts.loading import refusals, torch_dtype
 from mmtune.parts.model import FORMAT_VERSION, VisionLanguageModel, assemble, read_options
 from mmtune.parts.spec import (
-    CONNECTORS,
     PARTS,
     TOWERS,
     ConnectorOptions,
@@ -62,8 +62,8 @@ def outline_of_configs(options: ModelOptions) -> VisionLanguageModel:
     with _without_values():
         tower = _tower(vision)
         tokens = _language(language)
-        kind = CONNECTORS.load(connector.kind)
-        model = VisionLanguageModel(tower, kind(tower.width, tokens.width), tokens, described)
+        joined = new_connector(connector, tower.width, tokens.width)
+        model = VisionLanguageModel(tower, joined, tokens, described)
         tower.attend_by(options.attention)
         tokens.attend_by(options.attention)
     return _cast(model, options.dtype)

@@ -22,13 +22,20 @@ TOWERS = Table(
         "clip": "mmtune.parts.vision.clip:ClipTower",
         "open_clip": "mmtune.parts.vision.open_clip:OpenClipTower",
     },
+    contract="mmtune.parts.vision.base:VisionTower",
+    group="mmtune.towers",
 )
 CONNECTORS = Table(
     "connector",
     {
         "linear": "mmtune.parts.connector.linear:LinearConnector",
         "mlp2x_gelu": "mmtune.parts.connector.mlp:MlpConnector",
+        "mlpNx_gelu": "mmtune.parts.connector.mlp:mlp",
+        "pixel_shuffle": "mmtune.parts.connector.pixel_shuffle:PixelShuffleConnector",
+        "resampler": "mmtune.parts.connector.resampler:ResamplerConnector",
     },
+    contract="mmtune.parts.connector.base:Connector",
+    group="mmtune.connectors",
 )
 
 
@@ -46,8 +53,8 @@ class VisionOptions:
     fit: Literal["pad", "crop"] = "pad"
 
     def check(self, fault: Report) -> None:
-        if self.tower not in TOWERS.names():
-            fault("tower", f"unknown vision tower '{self.tower}'", nearest(self.tower, TOWERS.names()))
+        if self.tower not in TOWERS:
+            fault("tower", f"unknown vision tower '{self.tower}'", TOWERS.nearest(self.tower))
         if self.tower == "open_clip" and find_spec("open_clip") is None:
             fault("tower", "open_clip is not installed", "pip install 'mmtune[open_clip]'")
         if self.layer >= 0:
@@ -57,14 +64,18 @@ class VisionOptions:
 
 @dataclass
 class ConnectorOptions:
-    """A connector: new and random, or with `weights` (a folder written by mmtune)."""
+    """A connector: new and random, or with `weights` (a folder written by mmtune).
+
+    options: those of its kind (for a resampler `queries`); None: its defaults, or those of its weights.
+    """
 
     kind: str
     weights: str | None = None
+    options: dict[str, Any] | None = None
 
     def check(self, fault: Report) -> None:
-        if self.kind not in CONNECTORS.names():
-            fault("kind", f"unknown connector '{self.kind}'", nearest(self.kind, CONNECTORS.names()))
+        if self.kind not in CONNECTORS:
+            fault("kind", f"unknown connector '{self.kind}'", CONNECTORS.nearest(self.kind))
 
 
 @dataclass

@@ -2,52 +2,73 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mmtune.core.errors import UserError
+from mmtune.core.config import argument_faults
+from mmtune.core.errors import Fault, UserError
 from mmtune.core.files import read_json, write_json
 from mmtune.parts.loading import own_weights
+from mmtune.parts.spec import CONNECTORS, ConnectorOptions
 
 COPY = "Copy the folder anew from where it was made; it must be whole."
+WHERE = "model.connector"
 
 
 class Connector(nn.Module):
-    """Made from `vision_width` and `language_width`; `tokens(n)` says how many embeddings n features give."""
+    """Made from `vision_width`, `language_width` and the options of its kind, which are keyword arguments of
+    the subclass; it hands them on, and they are saved with it. `kind` is the name it goes by in a run.
+    `tokens(n)` says how many embeddings n features give.
+    """
 
     kind: str
 
-    def __init__(self, vision_width: int, language_width: int) -> None:
+    def __init__(self, vision_width: int, language_width: int, **options: Any) -> None:
         super().__init__()
         self.vision_width = vision_width
         self.language_width = language_width
+        self.options = options
 
     def tokens(self, features: int) -> int:
+        """Raises UserError for a number of features that the connector cannot take."""
         return features
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[N, features, vision_width] -> [N, tokens(features), language_width]."""
         raise NotImplementedError
 
+    def described(self) -> dict[str, Any]:
+        """What decides its tensors, as config.json says it."""
+        named = {
+            "kind": self.kind,
+            "vision_width": self.vision_width,
+            "language_width": self.language_width,
+        }
+        return named | ({"options": self.options} if self.options else {})
+
     def save(self, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
         """Writes config.json and model.safetensors. tensors: in place of its own."""
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"kind": self.kind, "vision_width": self.vision_width, "language_width": self.language_width}
-        write_json(folder / "config.json", config)
+        write_json(folder / "config.json", self.described())
         save_file(own_weights(self, tensors), folder / "model.safetensors", metadata={"format": "pt"})
 
     def load(self, folder: Path) -> None:
-        """Takes the weights of a saved connector. Raises UserError where kind, widths or tensors differ."""
-        config = read_json(folder / "config.json")
-        for name in ("kind", "vision_width", "language_width"):
-            if config.get(name) != getattr(self, name):
+        """Takes the weights of a saved connector. Raises UserError where kind, widths, options or tensors
+        differ.
+        """
+        config, own = saved_connector(folder), json.loads(json.dumps(self.described()))
+        for name in ("kind", "vision_width", "language_width", "options"):
+            if config.get(name) != own.get(name):
                 raise UserError(
-                    f"{name} is {config.get(name)!r} in the file, but {getattr(self, name)!r} in this model",
+                    f"{name} is {config.get(name)!r} in the file, but {own.get(name)!r} in this model",
                     where=folder / "config.json",
                     mend="This connector was made for other parts; leave out its weights to start a new one.",
                 )
@@ -72,3 +93,55 @@ class Connector(nn.Module):
                 mend=COPY,
             )
         self.load_state_dict(weights)
+
+
+def new_connector(options: ConnectorOptions, vision_width: int, language_width: int) -> Connector:
+    """A connector with random weights. Options that are not given are those of its `weights`, where it has
+    some. Raises UserError with every option that is unknown or of a wrong type.
+    """
+    made = CONNECTORS.load(options.kind, f"{WHERE}.kind")
+    given = options.options
+    if given is None and options.weights is not None and (Path(options.weights) / "config.json").is_file():
+        given = saved_connector(Path(options.weights)).get("options")
+    given = given or {}
+    if faults := argument_faults(made, given, 2, f"{WHERE}.options"):
+        raise UserError.of(faults)
+    try:
+        connector: Connector = made(vision_width, language_width, **given)
+    except (ValueError, TypeError) as error:  # how a connector from outside may refuse a value
+        what = f"refused by {options.kind}: {type(error).__name__}: {error}"
+        raise UserError(what, where=f"{WHERE}.options", mend="Correct the options.") from error
+    connector.kind = options.kind
+    return connector
+
+
+def saved_connector(folder: Path) -> dict[str, Any]:
+    """What config.json says of a saved connector. Raises UserError."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("kind"), str):
+        what = "not the config of a connector that mmtune saved"
+        raise UserError(what, where=folder / "config.json", mend="Name the folder of a saved connector.")
+    return config
+
+
+def at_least_one(**options: int) -> None:
+    """Raises UserError that names the options of a connector that are 0 or less."""
+    faults = [
+        Fault(f"expected 1 or more, found {value}", f"{WHERE}.options.{name}")
+        for name, value in options.items()
+        if value < 1
+    ]
+    if faults:
+        raise UserError.of(faults)
+
+
+def square_side(features: int, kind: str) -> int:
+    """The side of the square grid that a tower's features are. Raises UserError where they are none."""
+    side = math.isqrt(features)
+    if side * side != features:
+        raise UserError(
+            f"{kind} takes features on a square grid, and the tower gives {features} per picture",
+            where=WHERE,
+            mend="Choose a connector that takes each feature by itself, such as mlp2x_gelu.",
+        )
+    return side

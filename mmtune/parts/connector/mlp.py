@@ -1,4 +1,4 @@
-"""Two linear layers with a GELU between them (LLaVA-1.5's mlp2x_gelu)."""
+"""N linear layers with a GELU between each two: LLaVA's mlpNx_gelu, two of them in LLaVA-1.5."""
 
 from __future__ import annotations
 
@@ -9,15 +9,24 @@ from mmtune.parts.connector.base import Connector
 
 
 class MlpConnector(Connector):
-    """linear_1, GELU, linear_2; named as transformers names them in its Llava models."""
+    """linear_1 to linear_N; with two named as transformers names them in its Llava models."""
 
-    kind = "mlp2x_gelu"
+    layers = 2
 
     def __init__(self, vision_width: int, language_width: int) -> None:
         super().__init__(vision_width, language_width)
-        self.linear_1 = nn.Linear(vision_width, language_width)
-        self.act = nn.GELU()
-        self.linear_2 = nn.Linear(language_width, language_width)
+        for i in range(1, self.layers + 1):
+            width = vision_width if i == 1 else language_width
+            self.add_module(f"linear_{i}", nn.Linear(width, language_width))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(features)))
+        hidden = self.get_submodule("linear_1")(features)
+        for i in range(2, self.layers + 1):
+            hidden = self.get_submodule(f"linear_{i}")(nn.functional.gelu(hidden))
+        return hidden
+
+
+def mlp(layers: int) -> type[MlpConnector]:
+    """The class behind `mlpNx_gelu` for N `layers`."""
+    kind = f"mlp{layers}x_gelu"
+    return type(f"MlpConnector{layers}", (MlpConnector,), {"kind": kind, "layers": layers})

@@ -16,6 +16,8 @@ from mmtune.core.errors import UserError
 from mmtune.data.shards import Stored
 
 Picture = Path | Stored  # a file by itself, or in a shard
+Fit = Literal["pad", "crop", "squash"]
+Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 MOST_PIXELS = 2**26  # of a picture made on the way to the model's size: 8192 x 8192
 _MEND = "Take the picture out of the data, or fetch or save it anew."
 
@@ -24,49 +26,60 @@ _MEND = "Take the picture out of the data, or fetch or save it anew."
 class ImageTransform:
     """How a picture becomes size x size pixels; saved with the model.
 
-    fit: `pad` lays it on a square of the mean colour (LLaVA-1.5), `crop` resizes the shorter side and
-    cuts the middle (CLIP). mean, std: of the tower, on a scale of 0 to 1.
+    fit: `pad` lays it on a square of the mean colour (LLaVA-1.5), `crop` resizes the shorter side and cuts
+    the middle (CLIP), `squash` resizes both sides (SigLIP). mean, std: of the tower, on a scale of 0 to 1.
+    resample: PIL's filter. crop_pct: `crop` and `squash` resize to size / crop_pct, of which the middle is
+    kept (224/256 for DINOv2).
     """
 
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    fit: Literal["pad", "crop"] = "pad"
+    fit: Fit = "pad"
+    resample: Resample = "bicubic"
+    crop_pct: float = 1.0
+
+    @property
+    def length(self) -> int:
+        """What `crop` resizes the shorter side to, and `squash` both, in pixels."""
+        return math.floor(self.size / self.crop_pct + 1e-6)  # 224 / (224 / 256) has to be 256
 
     def __call__(self, picture: Image.Image) -> np.ndarray:
         """A uint8 array [3, size, size] of an RGB picture.
 
         One so long that its square would hold more than MOST_PIXELS is scaled down before it is padded.
         """
+        resample = Image.Resampling[self.resample.upper()]
         if self.fit == "pad" and picture.width != picture.height:
             side = max(picture.size)
             if side**2 > MOST_PIXELS:
                 shrink = math.isqrt(MOST_PIXELS) / side
                 width, height = (max(1, round(length * shrink)) for length in picture.size)
-                picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+                picture = picture.resize((width, height), resample)
                 side = max(picture.size)
             background = tuple(int(255 * value) for value in self.mean)
             square = Image.new("RGB", (side, side), background)
             square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
             picture = square
-        if self.fit == "crop":
-            picture = _crop(picture, self.size)
+        if self.fit != "pad":
+            length, short = self.length, min(picture.size)
+            sides = [length * side // short if self.fit == "crop" else length for side in picture.size]
+            picture = _middle(picture, sides[0], sides[1], self.size, resample)
         if picture.size != (self.size, self.size):
-            picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC)
+            picture = picture.resize((self.size, self.size), resample)
         return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
 
-def _crop(picture: Image.Image, size: int) -> Image.Image:
-    """Shorter side to `size`, the longer one rounded down to whole pixels first, then the middle: as CLIP."""
-    short = min(picture.size)
-    width, height = (size * side // short for side in picture.size)
+def _middle(
+    picture: Image.Image, width: int, height: int, size: int, resample: Image.Resampling
+) -> Image.Image:
+    """The middle of a picture that was resized to width x height: as CLIP's transform cuts it."""
     left, top = (width - size) // 2, (height - size) // 2
     if width * height > MOST_PIXELS:  # then only what is kept
         across, down = picture.width / width, picture.height / height
         kept = (left * across, top * down, (left + size) * across, (top + size) * down)
-        return picture.resize((size, size), Image.Resampling.BICUBIC, box=kept)
-    resized = picture.resize((width, height), Image.Resampling.BICUBIC)
-    return resized.crop((left, top, left + size, top + size))
+        return picture.resize((size, size), resample, box=kept)
+    return picture.resize((width, height), resample).crop((left, top, left + size, top + size))
 
 
 def is_there(picture: Picture) -> bool:

@@ -25,6 +25,7 @@ from mmtune.parts.fingerprint import model_hash
 from mmtune.parts.loading import load_config, torch_dtype
 from mmtune.parts.model import VisionLanguageModel, read_options
 from mmtune.parts.spec import PARTS, ModelOptions, saved_part
+from mmtune.parts.vision.pixels import said_of
 
 TOWER = "vision_tower"  # the folder of a tower that has no name elsewhere
 # What a config.json of LLaVA-1.5 says beside what differs from model to model.
@@ -120,6 +121,11 @@ def unfitting(options: ModelOptions) -> list[tuple[str, str]]:
     found = []
     if options.vision.tower != "clip":
         found.append((f"LLaVA-1.5 opens CLIP towers of transformers, and this is {options.vision.tower}", ""))
+    if options.vision.image_size is not None:
+        found.append((f"a tower used at {options.vision.image_size} pixels, which is not its own size", ""))
+    if options.vision.fit not in ("pad", "crop"):
+        mend = "Say pad or crop in the model's config.json; answers change with it."
+        found.append((f"LLaVA-1.5 does not lay out pictures by {options.vision.fit}", mend))
     if options.connector.kind not in CONNECTOR_NAMES:
         what = f"LLaVA-1.5 has no projector that is as the connector {options.connector.kind}"
         found.append((what, f"It has {', '.join(CONNECTOR_NAMES)}."))
@@ -193,15 +199,8 @@ def _write_tower(folder: Path, weights: str, tensors: dict[str, Stored], model: 
     config = config.vision_config if isinstance(config, CLIPConfig) else config
     config.architectures = ["CLIPVisionModel"]
     config.save_pretrained(folder)
-    side = model.vision.image_size
-    preprocessor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "size": {"shortest_edge": side},
-        "crop_size": {"height": side, "width": side},
-        "image_mean": list(model.vision.mean),
-        "image_std": list(model.vision.std),
-    }
-    write_json(folder / "preprocessor_config.json", preprocessor)
+    said = said_of(model.vision.transform("crop"))
+    write_json(folder / "preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor", **said})
 
 
 def _write_tokenizer(folder: Path, options: ModelOptions) -> list[str]:

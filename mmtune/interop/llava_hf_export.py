@@ -89,6 +89,8 @@ def llava_config(options: ModelOptions, folder: Path) -> Any:
     faults = []
     if vision.tower != "clip":
         faults.append(f"the tower is {vision.tower}; transformers' Llava is written with CLIP towers alone")
+    if vision.image_size is not None:
+        faults.append(f"the tower is used at {vision.image_size} pixels, which is not its own size")
     if connector.kind != "mlp2x_gelu":
         faults.append(f"the connector is {connector.kind}; transformers' Llava has mlp2x_gelu alone")
     if language.chat == "plain":

@@ -18,6 +18,7 @@ from mmtune.data.chat import IMAGE, IMAGE_ID, Turn
 from mmtune.interop.chat_templates import taking_lists, vicuna
 from mmtune.interop.comparison import CONVERSATIONS, Compared, pictures
 from mmtune.parts.model import VisionLanguageModel
+from mmtune.parts.vision.pixels import said_of
 
 PIXELS = 1e-6  # of the largest: what normalising in another order may make
 
@@ -38,22 +39,16 @@ def write_processor(model: VisionLanguageModel, folder: Path) -> int:
         tokenizer.chat_template = taking_lists(tokenizer, own)
     tokenizer.save_pretrained(folder)
     _for_older_versions(folder / "tokenizer_config.json")
-    side = transform.size
     preprocessor = {
         "image_processor_type": "LlavaImageProcessor" if transform.fit == "pad" else "CLIPImageProcessor",
         "processor_class": "LlavaProcessor",
         "do_convert_rgb": True,
         **({"do_pad": True} if transform.fit == "pad" else {}),
         "do_resize": True,
-        "size": {"shortest_edge": side},
-        "resample": 3,  # bicubic
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(transform.mean),
-        "image_std": list(transform.std),
+        **said_of(transform),
     }
     write_json(folder / "preprocessor_config.json", preprocessor)
     processor = {

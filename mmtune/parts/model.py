@@ -21,7 +21,6 @@ from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, shipped, write_json
 from mmtune.data.batches import Batch
 from mmtune.data.chat import IGNORE, IMAGE_ID, Chat, Turn
-from mmtune.data.image import ImageTransform
 from mmtune.parts.connector.base import Connector, new_connector
 from mmtune.parts.fingerprint import not_ours, quantized_config
 from mmtune.parts.language import LanguageModel
@@ -73,7 +72,7 @@ class VisionLanguageModel(nn.Module):
         self.adapters: dict[str, PeftModel] = {}
         self.every_part = False
         self.image_tokens = connector.tokens(vision.tokens)
-        self.transform = ImageTransform(vision.image_size, vision.mean, vision.std, options.vision.fit)
+        self.transform = vision.transform(options.vision.fit)
         if language.tokenizer is not None:
             self.chat = Chat(language.tokenizer, options.language.chat, self.image_tokens, language.context)
 
@@ -184,14 +183,16 @@ class VisionLanguageModel(nn.Module):
         for name in PARTS:
             options = to_dict(getattr(self.options, name))
             options.pop("config", None)
-            if options.get("quantize", "") is None:
-                del options["quantize"]
+            for key in ("quantize", "image_size"):
+                if options.get(key, "") is None:
+                    del options[key]
             if options.get("weights") is None:
                 self.part(name).save(folder / name, self._named_by(name, tensors))  # type: ignore[operator]
                 options.pop("tokenizer", None)
                 options["weights"] = name
-                if name == "vision":
-                    options["layer"] = -1  # the layers above were never loaded
+                if name == "vision":  # as it was loaded: without the layers above, at the size it has now
+                    options["layer"] = -1
+                    options.pop("image_size", None)
             else:
                 for key in options.keys() & REFERENCES:
                     options[key] = options[key] and _relative(options[key], folder)
@@ -385,8 +386,8 @@ def write_options(folder: Path, options: ModelOptions, adapters: Collection[str]
 def _vision(options: VisionOptions, dtype: torch.dtype) -> VisionTower:
     tower = TOWERS.load(options.tower, "model.vision.tower")
     if options.weights is not None:
-        return tower.load(options.weights, options.layer, dtype)
-    return tower.create(options.config, options.layer).to(dtype)
+        return tower.load(options.weights, options.layer, dtype, options.image_size)
+    return tower.create(options.config, options.layer, options.image_size).to(dtype)
 
 
 def _language(options: LanguageOptions, dtype: torch.dtype) -> LanguageModel:

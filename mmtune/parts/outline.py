@@ -166,7 +166,7 @@ def _tower(options: VisionOptions) -> VisionTower:
     else:
         fields = config_of(str(options.weights)) if fields is None else fields
         fields = _of_family({"model_type": "clip_vision_model", **fields.get("vision_config", fields)})
-    return TOWERS.load(options.tower).create(fields, options.layer)
+    return TOWERS.load(options.tower).create(fields, options.layer, options.image_size)
 
 
 def _language(options: LanguageOptions) -> LanguageModel:

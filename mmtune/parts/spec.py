@@ -25,6 +25,11 @@ TOWERS = Table(
     contract="mmtune.parts.vision.base:VisionTower",
     group="mmtune.towers",
 )
+# What transformers calls a model, alone or as a part of a whole one -> the tower that takes it.
+MODEL_TYPES = {
+    "clip": "clip",
+    "clip_vision_model": "clip",
+}
 CONNECTORS = Table(
     "connector",
     {
@@ -43,14 +48,17 @@ CONNECTORS = Table(
 class VisionOptions:
     """A vision tower: `weights` (a folder or hub name) or, from scratch, `config` (its own config's fields).
 
-    layer: whose output is taken; -1 is the last, -2 the one before it (LLaVA-1.5).
+    layer: whose output is taken; -1 is the last, -2 the one before it (LLaVA-1.5). fit: how a picture becomes
+    a square; `own` as the tower's own transform does it. image_size: another side than the tower's own, in
+    pixels; its positions are interpolated.
     """
 
     tower: str
     weights: str | None = None
     config: dict[str, Any] | None = None
     layer: int = -2
-    fit: Literal["pad", "crop"] = "pad"
+    fit: Literal["pad", "crop", "squash", "own"] = "pad"
+    image_size: int | None = None
 
     def check(self, fault: Report) -> None:
         if self.tower not in TOWERS:
@@ -59,6 +67,8 @@ class VisionOptions:
             fault("tower", "open_clip is not installed", "pip install 'mmtune[open_clip]'")
         if self.layer >= 0:
             fault("layer", f"expected a negative number, found {self.layer}", "-2 is LLaVA-1.5's choice.")
+        if self.image_size is not None and self.image_size < 1:
+            fault("image_size", f"expected a number of pixels, found {self.image_size}")
         _weights_or_config(self.weights, self.config, fault)
 
 

@@ -120,7 +120,7 @@ def test_a_weight_of_another_shape_is_named(tmp_path: Path) -> None:
 def test_folders_that_hold_no_tower(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be loaded"):
         ClipTower.load(str(tmp_path / "nowhere"), -2, FP32)
-    with pytest.raises(UserError, match="llama model, not a CLIP tower"):
+    with pytest.raises(UserError, match="this is a llama model, not a clip or clip_vision_model"):
         ClipTower.load(save_language(tmp_path / "lm"), -2, FP32)
     save_tower(tmp_path / "broken")
     (tmp_path / "broken/model.safetensors").write_bytes(b"half a file")

@@ -300,8 +300,13 @@ def test_the_way_pictures_are_prepared(tmp_path: Path) -> None:
     assert (again.mean, again.std) == (mean, std)
     plain = OpenClipTower.load(save(tmp_path, model, preprocess={}), -2, FP32)
     assert (plain.mean, plain.std) == (MEAN, STD)
-    with pytest.raises(UserError, match="are resized bilinear"):
-        OpenClipTower.load(save(tmp_path, model, preprocess={"interpolation": "bilinear"}), -2, FP32)
+    said = {"interpolation": "bilinear", "resize_mode": "squash"}
+    squashing = OpenClipTower.load(save(tmp_path, model, preprocess=said), -2, FP32)
+    squashing.save(tmp_path / "saved")
+    for each in (squashing, OpenClipTower.load(str(tmp_path / "saved"), -1, FP32)):
+        assert (each.resample, each.own_fit, each.crop_pct) == ("bilinear", "squash", 1.0)
+    with pytest.raises(UserError, match="unknown interpolation 'box'"):
+        OpenClipTower.load(save(tmp_path, model, preprocess={"interpolation": "box"}), -2, FP32)
 
 
 def test_saved_and_loaded_bit_for_bit(tmp_path: Path) -> None:

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from mmtune.core.errors import UserError
+from mmtune.data.image import Fit, ImageTransform, Resample
 from mmtune.parts.loading import recompute_activations, split_layers
 
 
 class VisionTower(nn.Module):
     """Pictures in, patch features out.
 
-    A tower declares `width` (of a feature), `tokens` (per picture, without CLS and registers),
-    `image_size`, `patch`, `has_cls`, and the `mean` and `std` its pictures are normalised with; `unused`
-    are prefixes of the names of parameters that its features don't depend on. Layers above the one that
-    is used are neither loaded nor run. A tower of transformers holds its model as `hf`; `layers`,
-    `checkpoint_activations` and `attend_by` are for those.
+    A tower declares `width` (of a feature), `image_size` and `patch` (sides in pixels), `tokens` (patches per
+    picture), `prefix` (how many tokens stand before the patches: CLS and registers) and `has_cls` (whether
+    CLS is among them). `unused` are prefixes of the names of parameters that its features don't depend on.
+    A feature is what a block gives, with no final norm; layers above the one that is used are neither loaded
+    nor run.
+
+    What it says of its own transform: `mean`, `std` and `resample` hold for every picture; `own_fit` and
+    `crop_pct` where a run says `fit: own`. crop_pct is the tower's side over the length that a picture is
+    resized to before its middle is cut. own_fit is None where a picture is not made a square at all.
+
+    A tower of transformers holds its model as `hf`; `layers`, `checkpoint_activations` and `attend_by` are
+    for those.
     """
 
     hf: Any
@@ -29,24 +37,43 @@ class VisionTower(nn.Module):
     tokens: int
     image_size: int
     patch: int
+    prefix: int
     has_cls: bool
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    resample: Resample = "bicubic"
+    own_fit: Literal["crop", "squash"] | None = "crop"
+    crop_pct: float = 1.0
     unused: tuple[str, ...] = ()
 
     @classmethod
-    def load(cls, weights: str, layer: int, dtype: torch.dtype) -> VisionTower:
-        """From a folder or hub name, up to `layer`. Raises UserError where a weight is missing."""
+    def load(cls, weights: str, layer: int, dtype: torch.dtype, image_size: int | None = None) -> VisionTower:
+        """From a folder or hub name, up to `layer`. image_size: a side in pixels that is not its own; the
+        positions are interpolated as the family's library does it. Raises UserError, where a weight is
+        missing too.
+        """
         raise NotImplementedError
 
     @classmethod
-    def create(cls, config: dict[str, Any], layer: int) -> VisionTower:
+    def create(cls, config: dict[str, Any], layer: int, image_size: int | None = None) -> VisionTower:
         """With random weights, from the fields of the family's own config. Raises UserError for others."""
         raise NotImplementedError
 
     def save(self, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
         """Writes the family's own format, safetensors only. tensors: in place of the tower's own."""
         raise NotImplementedError
+
+    def transform(self, fit: Fit | Literal["own"]) -> ImageTransform:
+        """How pictures become what the tower takes. Raises UserError for `own` where that is no square."""
+        chosen = self.own_fit if fit == "own" else fit
+        if chosen is None:
+            raise UserError(
+                "the tower's own transform makes no squares of pictures",
+                where="model.vision.fit",
+                mend="Choose pad, crop or squash.",
+            )
+        crop_pct = self.crop_pct if fit == "own" else 1.0
+        return ImageTransform(self.image_size, self.mean, self.std, chosen, self.resample, crop_pct)
 
     def layers(self) -> list[nn.Module]:
         """The blocks: what an engine that splits weights gathers at a time."""
@@ -83,3 +110,23 @@ def layers_up_to(layer: int, count: int, where: str) -> int:
             mend=f"Name one from -{count} to -1.",
         )
     return used
+
+
+def side_of(size: Any, name: str, where: str) -> int:
+    """The side in pixels of a square, which configs give as one number or as two. Raises UserError."""
+    sides = size if isinstance(size, list | tuple) else [size]
+    if len(set(sides)) != 1 or not isinstance(sides[0], int) or sides[0] < 1:
+        raise UserError(f"{name}: expected the side of a square in pixels, found {size}", where=where)
+    return sides[0]
+
+
+def require_whole_patches(side: int, patch: int, where: str) -> None:
+    """Raises UserError for an image_size that is not made of whole patches, with the nearest that are."""
+    if side % patch or side < patch:
+        below, above = side // patch * patch, (side // patch + 1) * patch
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise UserError(
+            f"image_size {side} is no multiple of the patch, {patch} pixels",
+            where=where,
+            mend=f"The nearest: {nearest}.",
+        )

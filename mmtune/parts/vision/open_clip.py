@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -21,7 +21,7 @@ from mmtune.core.errors import Fault, UserError
 from mmtune.core.files import read_json, replacing, write_json
 from mmtune.core.table import nearest
 from mmtune.parts.loading import own_weights, refusals, require_weights
-from mmtune.parts.vision.base import VisionTower, layers_up_to
+from mmtune.parts.vision.base import VisionTower, layers_up_to, side_of
 
 try:
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
@@ -35,6 +35,7 @@ except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision buil
 
 CONFIG = "open_clip_config.json"
 WEIGHTS, PICKLED = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
+_OWN_FIT: dict[str, Literal["crop", "squash"]] = {"shortest": "crop", "squash": "squash"}
 _MEND = f"Name a folder with {CONFIG} and {WEIGHTS} or {PICKLED}, or a hub name such as laion/CLIP-..."
 _WHOLE = "Copy the folder anew; it must be whole."
 # For training as CLIP does and for the pooled feature alone, and here switched off.
@@ -60,10 +61,9 @@ class OpenClipTower(VisionTower):
     """
 
     has_cls = True
+    prefix = 1
 
-    def __init__(
-        self, vision_cfg: CLIPVisionCfg, quick_gelu: bool, mean: tuple[float, ...], std: tuple[float, ...]
-    ) -> None:
+    def __init__(self, vision_cfg: CLIPVisionCfg, quick_gelu: bool, preprocess: dict[str, Any]) -> None:
         super().__init__()
         self.vision_cfg = vision_cfg
         self.quick_gelu = quick_gelu
@@ -79,11 +79,18 @@ class OpenClipTower(VisionTower):
         self.image_size = self.visual.image_size[0]
         self.patch = self.visual.patch_size[0]
         self.tokens = (self.image_size // self.patch) ** 2
-        self.mean = (mean[0], mean[1], mean[2])
-        self.std = (std[0], std[1], std[2])
+        self.preprocess = preprocess
+        self.mean = tuple(preprocess.get("mean", OPENAI_DATASET_MEAN))
+        self.std = tuple(preprocess.get("std", OPENAI_DATASET_STD))
+        # open_clip draws `random` only while it trains; evaluating, it takes bicubic.
+        self.resample = "bilinear" if preprocess.get("interpolation") == "bilinear" else "bicubic"
+        self.own_fit = _OWN_FIT.get(preprocess.get("resize_mode", "shortest"))
 
     @classmethod
-    def load(cls, weights: str, layer: int, dtype: torch.dtype) -> OpenClipTower:
+    def load(
+        cls, weights: str, layer: int, dtype: torch.dtype, image_size: int | None = None
+    ) -> OpenClipTower:
+        _require_own_size(image_size, weights)
         folder = _folder(weights)
         where = str(folder / CONFIG)
         config = read_json(folder / CONFIG)
@@ -93,21 +100,12 @@ class OpenClipTower(VisionTower):
         said = {
             name: value for name, value in (config.get("preprocess_cfg") or {}).items() if value is not None
         }
-        if said.get("interpolation", "bicubic") not in ("bicubic", "random"):  # random: only while it trained
-            raise UserError(
-                f"this tower's pictures are resized {said['interpolation']}, mmtune resizes bicubic",
-                where=where,
-                mend="Choose a tower that was trained on pictures resized bicubic.",
-            )
+        if said.get("interpolation", "bicubic") not in ("bicubic", "bilinear", "random"):
+            raise UserError(f"unknown interpolation {said['interpolation']!r}", where=where, mend=_WHOLE)
         vision_cfg = _cut(model["vision_cfg"], layer, where)
         outline = torch.get_default_device().type == "meta"
         with torch.device("meta"), refusals(where, "open_clip"):
-            tower = cls(
-                vision_cfg,
-                bool(model.get("quick_gelu", False)),
-                tuple(said.get("mean", OPENAI_DATASET_MEAN)),
-                tuple(said.get("std", OPENAI_DATASET_STD)),
-            )
+            tower = cls(vision_cfg, bool(model.get("quick_gelu", False)), said)
         stored = _stored(folder)
         expected = tower.state_dict()
         both = expected.keys() & stored.keys()
@@ -118,9 +116,10 @@ class OpenClipTower(VisionTower):
         return tower.to(dtype)
 
     @classmethod
-    def create(cls, config: dict[str, Any], layer: int) -> OpenClipTower:
+    def create(cls, config: dict[str, Any], layer: int, image_size: int | None = None) -> OpenClipTower:
         """config: fields of open_clip's vision_cfg, and quick_gelu, which open_clip keeps beside it."""
         where = "model.vision.config"
+        _require_own_size(image_size, where)
         fields = dict(config)
         quick_gelu = fields.pop("quick_gelu", False)
         if not isinstance(quick_gelu, bool):
@@ -133,7 +132,7 @@ class OpenClipTower(VisionTower):
                 mend="Leave it out.",
             )
         with refusals(where, "open_clip"):
-            return cls(vision_cfg, quick_gelu, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+            return cls(vision_cfg, quick_gelu, {})
 
     def save(self, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,12 +144,15 @@ class OpenClipTower(VisionTower):
             save_file(held, temporary, metadata={"format": "pt"})
         config = {
             "model_cfg": {"quick_gelu": self.quick_gelu, "vision_cfg": asdict(self.vision_cfg)},
-            "preprocess_cfg": {"mean": list(self.mean), "std": list(self.std), "interpolation": "bicubic"},
+            "preprocess_cfg": {
+                **self.preprocess,
+                **{"mean": list(self.mean), "std": list(self.std), "interpolation": self.resample},
+            },
         }
         write_json(folder / CONFIG, config)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.visual(self.normalise(images, self.visual.conv1.weight.dtype))[:, 1:]
+        return self.visual(self.normalise(images, self.visual.conv1.weight.dtype))[:, self.prefix :]
 
     def layers(self) -> list[nn.Module]:
         return list(self.visual.transformer.resblocks)
@@ -210,17 +212,15 @@ def _cut(fields: dict[str, Any], layer: int, where: str) -> CLIPVisionCfg:
         )
     if not isinstance(vision_cfg.layers, int):
         raise UserError(f"layers: expected a whole number, found {vision_cfg.layers!r}", where=where)
-    vision_cfg.image_size = _side(vision_cfg.image_size, "image_size", where)
-    vision_cfg.patch_size = _side(vision_cfg.patch_size, "patch_size", where)
+    vision_cfg.image_size = side_of(vision_cfg.image_size, "image_size", where)
+    vision_cfg.patch_size = side_of(vision_cfg.patch_size, "patch_size", where)
     vision_cfg.layers = layers_up_to(layer, vision_cfg.layers, where)
     return vision_cfg
 
 
-def _side(size: Any, name: str, where: str) -> int:
-    sides = size if isinstance(size, list | tuple) else [size]
-    if len(set(sides)) != 1 or not isinstance(sides[0], int) or sides[0] < 1:
-        raise UserError(f"{name}: expected the side of a square in pixels, found {size}", where=where)
-    return sides[0]
+def _require_own_size(image_size: int | None, where: str) -> None:
+    if image_size is not None:
+        raise UserError("towers of open_clip take pictures of their own size alone", where=where)
 
 
 def _folder(weights: str) -> Path:

@@ -1,0 +1,118 @@
+"""What towers of transformers have in common: the model, held as `hf`, ends at the layer that is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from mmtune.core.errors import UserError
+from mmtune.parts.loading import from_pretrained, load_config, new_config, own_weights, refusals
+from mmtune.parts.spec import MODEL_TYPES
+from mmtune.parts.vision.base import VisionTower, layers_up_to, require_whole_patches, side_of
+from mmtune.parts.vision.pixels import Pixels, read_pixels, write_pixels
+
+
+class TransformersTower(VisionTower):
+    """A vision model of transformers.
+
+    A family says which `models` it takes (the first is made of a config without a model_type), in which
+    `wholes` they also come (model_types with a vision_config), the transform of its `published` checkpoints,
+    transformers' image `processor`, the name of its `positions` among the embeddings, and in `switched_off`
+    the fields of a config that the features are to be without.
+    """
+
+    models: tuple[Any, ...]
+    wholes: tuple[str, ...] = ()
+    published: Pixels
+    processor: str
+    positions: str = "position_embedding.weight"
+    switched_off: tuple[tuple[str, Any], ...] = ()
+
+    def __init__(self, hf: Any, pixels: Pixels) -> None:
+        super().__init__()
+        self.hf = hf
+        self.width = hf.config.hidden_size
+        self.patch = side_of(hf.config.patch_size, "patch_size", "config.json")
+        self.prefix = int(self.has_cls) + getattr(hf.config, "num_register_tokens", 0)
+        self.image_size = self._side()
+        self.tokens = (self.image_size // self.patch) ** 2
+        self.mean, self.std, self.resample, self.own_fit, self.crop_pct = pixels
+
+    @classmethod
+    def load(cls, weights: str, layer: int, dtype: torch.dtype, image_size: int | None = None) -> Self:
+        config: Any = load_config(weights)
+        if config.model_type in cls.wholes:
+            config = config.vision_config
+        model = cls._model(config.model_type, weights)
+        cls._cut(config, layer, weights)
+        hf = from_pretrained(model, weights, config=config, dtype=dtype)
+        tower = cls(hf, read_pixels(weights, cls.published))
+        return tower.resized(image_size, weights)
+
+    @classmethod
+    def create(cls, config: dict[str, Any], layer: int, image_size: int | None = None) -> Self:
+        where = "model.vision.config"
+        fields = dict(config)
+        model = cls._model(fields.pop("model_type", None), where)
+        made = new_config(model.config_class, fields, where)
+        cls._cut(made, layer, where)
+        with refusals(where):
+            hf = model(made)
+        return cls(hf, cls.published).resized(image_size, where)
+
+    def save(self, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+        self.hf.save_pretrained(folder, state_dict=own_weights(self.hf, tensors))
+        write_pixels(folder, self, self.processor)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.hidden(self.normalise(images, self.hf.dtype))[:, self.prefix :]
+
+    def hidden(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the last block gives, prefix included: no final norm, no pooling."""
+        return self.hf.encoder(inputs_embeds=self.hf.embeddings(pixels)).last_hidden_state
+
+    def resized(self, side: int | None, where: str) -> Self:
+        """The tower for pictures of another side: its positions become what transformers makes of them, and
+        are saved so. Raises UserError for a side that is not made of whole patches.
+        """
+        if side in (None, self.image_size):
+            return self
+        require_whole_patches(side, self.patch, where)
+        old, config = self.hf.embeddings, self.hf.config
+        blank = torch.empty(1, (side // self.patch) ** 2 + int(self.has_cls), self.width)
+        with torch.no_grad():
+            between = old.interpolate_pos_encoding(blank, side, side)
+        config.image_size = side
+        made = type(old)(config).to(self.hf.dtype)
+        state = old.state_dict()
+        state[self.positions] = between.reshape(made.state_dict()[self.positions].shape)
+        made.load_state_dict(state)
+        self.hf.embeddings = made
+        self.image_size, self.tokens = side, (side // self.patch) ** 2
+        return self
+
+    def _side(self) -> int:
+        return side_of(self.hf.config.image_size, "image_size", "config.json")
+
+    @classmethod
+    def _cut(cls, config: Any, layer: int, where: str) -> None:
+        config.num_hidden_layers = layers_up_to(layer, config.num_hidden_layers, where)
+        for name, value in cls.switched_off:
+            setattr(config, name, value)
+
+    @classmethod
+    def _model(cls, model_type: str | None, where: str) -> Any:
+        taken = {model.config_class.model_type: model for model in cls.models}
+        if model_type is None:
+            return cls.models[0]
+        if model_type not in taken:
+            known = MODEL_TYPES.get(model_type)
+            raise UserError(
+                f"this is a {model_type} model, not a {' or '.join([*cls.wholes, *taken])}",
+                where=where,
+                mend=f"Say tower: {known}." if known else "Name the folder or hub name of such a model.",
+            )
+        return taken[model_type]

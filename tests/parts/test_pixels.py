@@ -1,0 +1,90 @@
+"""preprocessor_config.json, and what it stands for against transformers' own image processors on PIL."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil
+
+from mmtune.core.errors import UserError
+from mmtune.data.image import ImageTransform
+from mmtune.parts.vision.pixels import Pixels, read_pixels, said_of
+
+GREY = (0.5, 0.5, 0.5)
+PUBLISHED = Pixels(GREY, GREY, "lanczos", "squash", 0.9)
+SHAPES = [(50, 31), (31, 50), (28, 28), (9, 40), (200, 131)]
+CROPPED = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}}
+SQUASHED = {"size": {"height": 28, "width": 28}}
+
+
+def noise(width: int, height: int) -> Image.Image:
+    drawn = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(drawn)
+
+
+def wrote(folder: Path, said: dict[str, Any]) -> str:
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    return str(folder)
+
+
+@pytest.mark.parametrize("resample", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("processor", "said"),
+    [
+        (CLIPImageProcessorPil, {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}),
+        (BitImageProcessorPil, CROPPED),
+        (SiglipImageProcessorPil, SQUASHED),
+        (CLIPImageProcessorPil, {"size": {"height": 32, "width": 32}, "crop_size": CROPPED["crop_size"]}),
+    ],
+)
+def test_pixels_are_those_of_transformers(
+    tmp_path: Path, processor: Any, said: dict[str, Any], resample: int
+) -> None:
+    """Bit for bit; and what is said of the transform again makes the same processor."""
+    mean, std, filters, fit, crop_pct = read_pixels(
+        wrote(tmp_path, {**said, "resample": resample}), PUBLISHED
+    )
+    assert fit is not None
+    transform = ImageTransform(28, mean, std, fit, filters, crop_pct)
+    for fields in ({**said, "resample": resample}, said_of(transform)):
+        theirs = processor(**fields, do_rescale=False, do_normalize=False)
+        for shape in SHAPES:
+            expected = theirs(noise(*shape), return_tensors="np")["pixel_values"][0]
+            assert np.array_equal(transform(noise(*shape)), expected), shape
+
+
+@pytest.mark.parametrize(
+    ("said", "fit", "crop_pct"),
+    [
+        ({}, "squash", 0.9),  # the family's own
+        ({"size": 224, "crop_size": 224}, "crop", 1.0),  # as of old
+        ({"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}, "crop", 224 / 256),
+        ({"size": {"height": 384, "width": 384}, "do_center_crop": None}, "squash", 1.0),
+        ({"size": {"shortest_edge": 224}, "do_center_crop": False}, None, 1.0),
+        ({"size": {"height": 224, "width": 336}}, None, 1.0),
+    ],
+)
+def test_how_a_picture_becomes_a_square(
+    tmp_path: Path, said: dict[str, Any], fit: str | None, crop_pct: float
+) -> None:
+    found = read_pixels(wrote(tmp_path, said), PUBLISHED)
+    assert (found.own_fit, found.crop_pct) == (fit, crop_pct)
+    assert found[:3] == PUBLISHED[:3]
+
+
+def test_no_file_stands_for_what_was_published(tmp_path: Path) -> None:
+    assert read_pixels(str(tmp_path), PUBLISHED) == PUBLISHED
+
+
+def test_a_transform_that_no_tower_has_is_refused_whole(tmp_path: Path) -> None:
+    said = {"do_normalize": False, "rescale_factor": 1 / 127.5, "resample": 4, "image_mean": [0.5]}
+    with pytest.raises(UserError) as refused:
+        read_pixels(wrote(tmp_path, said), PUBLISHED)
+    text = str(refused.value)
+    for part in ("do_normalize is off", "is not 1/255", "resample 4 is none of", "three numbers each"):
+        assert part in text

@@ -1,7 +1,8 @@
 """Small stand-ins of the real benchmarks, in the official layouts, for tests without the real files.
 
 `make(folder, seed)` writes what a user has after downloading and unpacking: folder/iconqa, textvqa, okvqa,
-ocrvqa, gqa and coco, with the published file names and fields, and a few dozen questions about drawn discs.
+ocrvqa, gqa, coco, llava_pretrain and llava_instruct, with the published file names and fields, and a few
+dozen questions about drawn discs.
 Nothing of it is copied from the sets. Their counts are not the official ones: prepare them with --partial.
 """
 
@@ -47,7 +48,7 @@ class Scene:
 
 
 def make(folder: Path, seed: int = 0) -> None:
-    """Writes all six sets under `folder`; the same seed writes the same files."""
+    """Writes all eight sets under `folder`; the same seed writes the same files."""
     for name, write in SETS.items():
         write(folder / name, random.Random(f"{seed}/{name}"))
 
@@ -285,4 +286,67 @@ def gqa(folder: Path, rng: random.Random) -> None:
         _json(folder / f"{split}_balanced_questions.json", questions)
 
 
-SETS = {"iconqa": iconqa, "textvqa": textvqa, "okvqa": okvqa, "ocrvqa": ocrvqa, "gqa": gqa, "coco": coco}
+# ---- LLaVA's training data ----------------------------------------------------------------------------
+
+
+def _asked(question: str, answer: str, *more: str) -> list[dict[str, str]]:
+    """A conversation in LLaVA's format, the human first."""
+    return [
+        {"from": ("human", "gpt")[place % 2], "value": value}
+        for place, value in enumerate((question, answer, *more))
+    ]
+
+
+def llava_pretrain(folder: Path, rng: random.Random) -> None:
+    """blip_laion_cc_sbu_558k.json and images; the picture stands before or after the request."""
+    rows = []
+    for place in range(24):
+        scene, name = _scene(rng), f"{place:09d}"
+        scene.draw(folder / "images" / name[:5] / f"{name}.jpg")
+        request = ("<image>\nDescribe the image concisely.", "Give a brief description.\n<image>")[place % 2]
+        turns = _asked(request, scene.caption.lower())
+        rows.append({"id": name, "image": f"{name[:5]}/{name}.jpg", "conversations": turns})
+    _json(folder / "blip_laion_cc_sbu_558k.json", rows)
+
+
+FOLDERS = {
+    "coco": "coco/train2017",
+    "gqa": "gqa/images",
+    "ocr_vqa": "ocr_vqa/images",
+    "textvqa": "textvqa/train_images",
+    "vg": "vg/VG_100K",
+}
+
+
+def llava_instruct(folder: Path, rng: random.Random) -> None:
+    """llava_v1_5_mix665k.json and the pictures of its sets, with what is odd in it.
+
+    A cover was saved as .gif, an id is there twice, a conversation starts with the assistant, and one without
+    a picture speaks of `<image>`.
+    """
+    rows: list[dict[str, Any]] = []
+    for place, where in enumerate(sorted(FOLDERS.values()) * 4):
+        scene, name = _scene(rng), f"{place // 2:012d}"
+        ending = "gif" if where == FOLDERS["ocr_vqa"] and place > 15 else "jpg"
+        scene.draw(folder / where / f"{place:012d}.{ending}")
+        turns = _asked("<image>\nWhich colour?", scene.colour, "Which word?", scene.word)
+        rows.append({"id": name, "image": f"{where}/{place:012d}.jpg", "conversations": turns})
+    (folder / "vg/VG_100K_2").mkdir(parents=True)
+    late = [{"from": "gpt", "value": "As I said, yes."}, *_asked("Thanks. What is HTML?", "A language.")]
+    rows.append({"id": "late_0", "model": "", "conversations": late})
+    rows.append(
+        {"id": "tag_0", "model": "", "conversations": _asked("What is <image> in SVG?", "An element.")}
+    )
+    _json(folder / "llava_v1_5_mix665k.json", rows)
+
+
+SETS = {
+    "iconqa": iconqa,
+    "textvqa": textvqa,
+    "okvqa": okvqa,
+    "ocrvqa": ocrvqa,
+    "gqa": gqa,
+    "coco": coco,
+    "llava_pretrain": llava_pretrain,
+    "llava_instruct": llava_instruct,
+}

@@ -42,7 +42,8 @@ evaluation.provenance evaluation.page evaluation.report
 evaluation.compare
 evaluation.sequences
 evaluation.analyse evaluation.analysis_picture
-prepare.originals prepare.pictures prepare.training prepare.composed prepare.converted prepare.dataset
+prepare.originals prepare.pictures prepare.training prepare.composed prepare.converted prepare.released
+prepare.dataset
 training.zero_json run
 training.folder training.plan training.optim training.engine training.fsdp training.zero training.checkpoint
 training.meter training.signals

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from itertools import combinations, pairwise
@@ -142,7 +142,7 @@ class Chat:
         return self._tokenise(self._pieces(turns), answer_follows=True)[0]
 
     def _pieces(self, turns: list[Turn]) -> list[Piece]:
-        _check_roles(turns)
+        check_roles(turns)
         if self.format == "vicuna_v1":
             return self._vicuna(turns)
         if self.format == "plain":
@@ -365,7 +365,8 @@ def _split_at_marks(text: str, marks: list[str], turns: list[Turn], supervised: 
     return pieces
 
 
-def _check_roles(turns: list[Turn]) -> None:
+def check_roles(turns: Sequence[Turn]) -> None:
+    """Raises UserError for turns that do not alternate, the user's first, or pictures in others' turns."""
     speakers = [turn.role for turn in turns if turn.role != "system"]
     if not speakers:
         raise UserError("the conversation is empty", mend="It needs a user's turn and the assistant's.")

@@ -78,6 +78,11 @@ def read_sound(path: Path, image_root: Path, limit: int | None = None) -> tuple[
     return samples, faults
 
 
+def read_row(row: Any, where: str, image_root: Path) -> Sample:
+    """The sample that one row of a training file makes. where: the row's place. Raises UserError."""
+    return _sample(row, where, partial(inside, image_root))
+
+
 def read_rows(path: Path) -> list[tuple[str, Any]]:
     """The rows of a training file as they are written, each with its place. Raises UserError."""
     if str(path).endswith(".jsonl"):

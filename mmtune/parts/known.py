@@ -53,7 +53,7 @@ def config_of(model: str, file: str = "config.json") -> dict[str, Any]:
             raise UserError(
                 f"its {kept} is known here, not its {file}",
                 where=model,
-                mend="open_clip's checkpoints take `tower: open_clip`, those of transformers their family's name.",
+                mend="open_clip's take `tower: open_clip`, those of transformers their family's name.",
             )
     else:
         raise UserError(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,23 @@ from mmtune.core.errors import Fault, UserError
 from mmtune.core.files import alone_in, read_json, read_text, write_json, write_text
 from mmtune.core.table import nearest
 from mmtune.data.cards import Card, load_card
-from mmtune.evaluation.metrics.base import Question, an_object
+from mmtune.data.samples import read_rows
+from mmtune.evaluation.metrics.base import Question, an_object, some
 from mmtune.evaluation.protocol import Protocol, load_protocol
 from mmtune.evaluation.score import no_collection, read_questions
 from mmtune.prepare import converted, pictures
 from mmtune.prepare.composed import compose_all
-from mmtune.prepare.originals import Original, Originals, absent, link, load_originals, place, sha256
+from mmtune.prepare.originals import (
+    Original,
+    Originals,
+    Released,
+    absent,
+    link,
+    load_originals,
+    place,
+    sha256,
+)
+from mmtune.prepare.released import NO_PICTURE, count_faults, count_folders, ready
 from mmtune.prepare.training import VERSION, as_text, asking, samples
 
 MANIFEST = "prepared.json"
@@ -108,6 +120,10 @@ def prepare(
             if each.card is not None:
                 file = each.card.splits[each.split]
                 made[file] = _make(job, each, each.card, before["made"].get(file))
+        for released in known.released:
+            if released.card in chosen:
+                file = load_card(released.card).splits[released.split]
+                made[file] = _ready(job, released, before["made"].get(file))
         after = {
             "dataset": name,
             "licence": known.licence,
@@ -176,6 +192,8 @@ def _read_all(job: Job) -> list[Asked]:
             if split not in TRAINING and (job.root / file).exists():
                 wanted.append((protocol, split, None))
     for card in map(load_card, job.cards):
+        if not card.task:  # its file is released as such
+            continue
         protocol = asking(card)
         wanted += [(protocol, split, card) for split in card.splits if split in protocol.annotations]
     asked: list[Asked] = []
@@ -222,7 +240,8 @@ def _count(job: Job, asked: Sequence[Asked]) -> dict[str, Any]:
         right += f"; {len(lost):,} pictures are missing" if lost else ""
         line = f"  {protocol.task}, {split}: {len(questions):,} questions{right}"
         lines[line] = None
-    print("\n".join(lines))
+    for line in lines:
+        print(line)
     if faults and not job.partial:
         raise UserError.of(faults)
     if faults:
@@ -260,28 +279,93 @@ def _make(job: Job, each: Asked, card: Card, before: dict[str, Any] | None) -> d
     lost = set(pictures.missing(each.questions, job.root / each.protocol.images))
     there = [question for question in each.questions if not lost.intersection(question.images)]
     origin = _origin(job, each, card, sorted(lost))
-    as_made = before is not None and path.exists() and sha256(path) == before["sha256"]
-    if before is not None and as_made and before["origin"] == origin:
-        made = {**before, "partial": job.partial}
-    else:
-        rows = samples(card, each.protocol, there, job.seed)
-        text = as_text(rows)
-        if path.exists() and not as_made and read_text(path) != text:
-            what = "it was not made here" if before is None else "it has been changed since it was made"
-            mend = "Move it away: it is made anew, and would be overwritten."
-            raise UserError(what, where=path, mend=mend)
-        write_text(path, text)
+
+    def make() -> tuple[list[dict[str, Any]], dict[str, Any]]:
         left_out = {
             "without_picture": len(each.questions) - len(there),
             "without_answer": sum(not any(answer.strip() for answer in q.answers) for q in there),
         }
-        described = {"card": card.name, "split": each.split, "samples": len(rows), "left_out": left_out}
-        how = {"seed": job.seed, "partial": job.partial}
-        made = {**described, **how, "sha256": sha256(path), "origin": origin}
+        described = {"card": card.name, "split": each.split, "left_out": left_out}
+        return samples(card, each.protocol, there, job.seed), described
+
+    made = _written(job, path, origin, before, make)
     said = f"{made['samples']:,} samples, card {card.name}, split {each.split}"
     for why, count in made["left_out"].items():
         said += f"; {count:,} questions {why.replace('_', ' ')} left out" if count else ""
     print(f"  {path}: {said}")
+    return made
+
+
+def _written(
+    job: Job,
+    path: Path,
+    origin: str,
+    before: dict[str, Any] | None,
+    make: Callable[[], tuple[list[dict[str, Any]], dict[str, Any]]],
+) -> dict[str, Any]:
+    """What the manifest says of a training file, which is made where it is not made already of the same.
+
+    make: its rows, and what is to be said of them. Raises UserError for a file in its place that is not one
+    made here, or was changed since.
+    """
+    as_made = before is not None and path.exists() and sha256(path) == before["sha256"]
+    if before is not None and as_made and before["origin"] == origin:
+        return {**before, "partial": job.partial}
+    rows, described = make()
+    text = as_text(rows)
+    if path.exists() and not as_made and read_text(path) != text:
+        what = "it was not made here" if before is None else "it has been changed since it was made"
+        mend = "Move it away: it is made anew, and would be overwritten."
+        raise UserError(what, where=path, mend=mend)
+    write_text(path, text)
+    how = {"seed": job.seed, "partial": job.partial}
+    return {"samples": len(rows), **described, **how, "sha256": sha256(path), "origin": origin}
+
+
+def _ready(job: Job, released: Released, before: dict[str, Any] | None) -> dict[str, Any]:
+    """Makes a card's training file of a released one. Returns what the manifest says of it.
+
+    Raises UserError where its counts are not the published ones or its pictures are not all there, unless the
+    data is partial, and as `_written` does.
+    """
+    card, file = load_card(released.card), job.root / released.path
+    rows = read_rows(file)
+    found = ready(rows, job.root / card.images, job.seed)
+    if found.linked:
+        print(
+            f"  {job.root / card.images}: links to {found.linked:,} pictures that are there by another ending"
+        )
+    faults = count_faults(released, rows, file)
+    if lost := found.left_out.get(NO_PICTURE):
+        mend = "Fetch them. With --partial training goes without them."
+        faults.append(Fault(f"{len(lost):,} samples lack their picture: {some(lost)}", str(file), mend))
+    if faults and not job.partial:
+        raise UserError.of(faults)
+    for fault in faults:
+        print(f"  partial, taken as it is: {fault.what}")
+    decides = [to_dict(card), sha256(file), found.left_out, job.seed, VERSION]
+    origin = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    described = {
+        "card": card.name,
+        "split": released.split,
+        "of": dict(sorted(count_folders(found.rows).items())),
+        "ids_of_several": sum(count > 1 for count in Counter(str(row["id"]) for row in found.rows).values()),
+        "mended": found.mended,
+        "left_out": found.left_out,
+    }
+    made = _written(
+        job, job.root / card.splits[released.split], origin, before, lambda: (found.rows, described)
+    )
+    print(
+        f"  {job.root / card.splits[released.split]}: {made['samples']:,} of {len(rows):,} samples, "
+        f"card {card.name}, split {released.split}"
+    )
+    if made["ids_of_several"]:
+        print(f"    {made['ids_of_several']:,} ids stand for several samples, which all stay")
+    for why, ids in {**made["mended"], **made["left_out"]}.items():
+        print(
+            f"    {len(ids):,} samples{' left out' if why in made['left_out'] else ''}: {why} ({some(ids)})"
+        )
     return made
 
 

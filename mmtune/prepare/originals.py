@@ -27,8 +27,9 @@ class Original:
 
     paths: where protocols read them, relative to the set's root. url: the file itself, an archive, or a page
     that leads to them. inside: the folder in which the archive holds them. also_in: further folders,
-    relative to where the originals lie, in which they may be. instead: a folder that may already hold all
-    that is needed of them. needed_for: scores; training data only; or more
+    relative to where the originals lie, in which they may be; also_as: other names of a single path there.
+    member: what the archive calls a single path; `.` is all that is in it. instead: a folder that may already
+    hold all that is needed of them. needed_for: scores; training data only; or more
     than either, so that it may be absent. task: the only one that reads it, which partial data may go
     without. bytes, sha256: of what the url gives, as `confirmed_by` has them.
     """
@@ -37,6 +38,8 @@ class Original:
     url: str
     inside: str = ""
     also_in: list[str] = field(default_factory=list)
+    also_as: list[str] = field(default_factory=list)
+    member: str = ""
     instead: str = ""
     needed_for: Literal["evaluation", "training", "more"] = "evaluation"
     task: str = ""
@@ -74,6 +77,20 @@ class Converted:
 
 
 @dataclass
+class Released:
+    """A training file that is published as such, in LLaVA's format, and the card that trains on it.
+
+    samples: how many it has; of: how many with pictures in each folder, and `text` without any.
+    """
+
+    path: str
+    card: str
+    samples: int
+    split: str = "train"
+    of: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
 class Originals:
     """A set as it was published. tasks, cards: what reads it. gathered_from: folders out of which pictures
     are linked to where the protocol reads them. counted: tasks whose pictures need not all be there, for
@@ -88,7 +105,8 @@ class Originals:
     tasks: list[str]
     cards: list[str]
     originals: list[Original]
-    converted: list[Converted]
+    converted: list[Converted] = field(default_factory=list)
+    released: list[Released] = field(default_factory=list)
     gathered_from: list[str] = field(default_factory=list)
     counted: list[str] = field(default_factory=list)
 
@@ -121,8 +139,7 @@ def absent(wanted: Sequence[Original], source: Path, root: Path, licence: str) -
     faults: dict[str, Fault] = {}
     missing: dict[str, list[str]] = {}
     for original in wanted:
-        places = [original.inside, *original.also_in]
-        paths = [path for path in original.paths if find(path, places, source, root) is None]
+        paths = [path for path in original.paths if _found(original, path, source, root) is None]
         elsewhere = original.instead and find(original.instead, [], source, root)
         if paths and not elsewhere and _archive(original, source, root) is None:
             missing.setdefault(original.url, []).extend(paths)
@@ -137,12 +154,18 @@ def absent(wanted: Sequence[Original], source: Path, root: Path, licence: str) -
     return list(faults.values())
 
 
+def _found(original: Original, path: str, source: Path, root: Path) -> Path | None:
+    places = [original.inside, *original.also_in]
+    named = (find(name, places, source, root) for name in (path, *original.also_as))
+    return next((found for found in named if found is not None), None)
+
+
 def _archive(original: Original, source: Path, root: Path) -> Path | None:
+    """Where a downloaded archive lies: beside what is to come out of it, for several are named images.zip."""
     if not original.url.endswith(".zip"):
         return None
-    return next(
-        (folder / original.name for folder in (source, root) if (folder / original.name).is_file()), None
-    )
+    beside = [(folder / original.paths[0]).parent / original.name for folder in (source, root)]
+    return next((archive for archive in beside if archive.is_file()), None)
 
 
 def place(original: Original, source: Path, root: Path, exact: bool) -> Iterator[str]:
@@ -156,7 +179,7 @@ def place(original: Original, source: Path, root: Path, exact: bool) -> Iterator
     compared = not exact
     for path in original.paths:
         target = root / path
-        found = find(path, [original.inside, *original.also_in], source, root)
+        found = _found(original, path, source, root)
         if exact and found is not None and found.name == original.name:  # the download itself, no archive
             compare(found, original)
         if target.exists() and not (target.is_symlink() and found and not found.samefile(target)):
@@ -169,7 +192,7 @@ def place(original: Original, source: Path, root: Path, exact: bool) -> Iterator
             if not compared:
                 compare(archive, original)
                 compared = True
-            unpack(archive, f"{original.inside}/{path}".lstrip("/"), target)
+            unpack(archive, original.member or f"{original.inside}/{path}".lstrip("/"), target)
 
 
 def link(target: Path, found: Path) -> None:
@@ -212,11 +235,13 @@ def sha256(path: Path) -> str:
 def unpack(archive: Path, member: str, target: Path) -> None:
     """A file of a zip archive, or a folder with all that is in it, written to `target` whole or not at all.
 
+    member: its name there; `.` for all that is in the archive.
     Raises UserError where the archive is broken, lacks it, or names a file outside of the folder.
     """
     try:
         with zipfile.ZipFile(archive) as opened:
-            names = [name for name in opened.namelist() if name == member or name.startswith(f"{member}/")]
+            beneath = "" if member == "." else f"{member}/"
+            names = [name for name in opened.namelist() if name == member or name.startswith(beneath)]
             if not names:
                 raise UserError(f"there is no {member} in it", where=archive, mend="Is it the right archive?")
             if names == [member]:
@@ -226,7 +251,7 @@ def unpack(archive: Path, member: str, target: Path) -> None:
             with replacing_folder(target) as folder:
                 for name in names:
                     if not name.endswith("/"):
-                        _extract(opened, name, inside(folder, name[len(member) + 1 :]))
+                        _extract(opened, name, inside(folder, name[len(beneath) :]))
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise UserError(f"a broken archive: {error}", where=archive, mend="Fetch it anew.") from None
 

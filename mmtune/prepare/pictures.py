@@ -31,14 +31,20 @@ def gather(questions: Sequence[Question], folder: Path, places: Sequence[Path]) 
             for candidate in (place / name, (place / name).with_suffix(".jpg")):
                 if candidate.is_file():
                     wanted.setdefault(name, Path(os.path.realpath(candidate)))
-    if wanted and folder.is_symlink():
-        own = Path(os.path.realpath(folder))
-        folder.unlink()
-        for entry in os.scandir(own):
-            link(folder / entry.name, Path(entry.path))
+    if wanted:
+        make_own(folder)
     for name, found in wanted.items():
         link(folder / name, found)
     return len(wanted)
+
+
+def make_own(folder: Path) -> None:
+    """Puts a folder of links in the place of a link to a user's own, which stays as is. Raises UserError."""
+    if folder.is_symlink():
+        theirs = Path(os.path.realpath(folder))
+        folder.unlink()
+        for entry in os.scandir(theirs):
+            link(folder / entry.name, Path(entry.path))
 
 
 def fault_of(names: Sequence[str], questions: Sequence[Question], folder: Path) -> Fault:

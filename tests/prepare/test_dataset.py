@@ -1,4 +1,4 @@
-"""`mmtune data prepare` on stand-ins of all six sets, and on the real samples there are."""
+"""`mmtune data prepare` on stand-ins of all sets, and on the real samples there are."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def prepared(originals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder where all six are prepared. Only to be read."""
+    """A folder where all are prepared. Only to be read."""
     folder = tmp_path_factory.mktemp("work")
     for name in ("coco", *official.SETS):
         assert prepare(name, originals / name, folder / "datasets" / name) == 0
@@ -69,7 +69,7 @@ def hashed(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-# ---- All six ------------------------------------------------------------------------------------------
+# ---- All of them --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", official.SETS)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from mmtune.core.config import Report, Source, chosen_by, leaves, parse, presets_in, to_dict
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json
-from mmtune.core.table import nearest
+from mmtune.core.table import allow, nearest
 from mmtune.data.cards import load_card
 from mmtune.data.chat import FORMATS
 from mmtune.data.shards import hash_shards, is_shards, shard_files
@@ -400,8 +400,15 @@ def check_name(name: str, fault: Report) -> None:
 
 
 def read_run(path: Path, overrides: list[str] | None = None) -> RunOptions:
-    """A run from its YAML and `key=value` overrides. Raises UserError with every fault at once."""
-    return parse(RunOptions, Source(path, overrides))
+    """A run from its YAML and `key=value` overrides. Raises UserError with every fault at once.
+
+    Parts from outside the package that it names may be named by its own model folders from then on.
+    """
+    run: RunOptions = parse(RunOptions, Source(path, overrides))
+    for part, name in ((run.model.vision, "tower"), (run.model.connector, "kind")):
+        if part:
+            allow(getattr(part, name))
+    return run
 
 
 # What changes no result: names and places, how often is logged and saved, how the work is split, and the

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from mmtune.core.config import Source, build, to_dict
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, shipped, write_json
+from mmtune.core.table import refuse_unasked
 from mmtune.data.batches import Batch
 from mmtune.data.chat import IGNORE, IMAGE_ID, Chat, Turn
 from mmtune.parts.connector.base import Connector, new_connector
@@ -349,7 +350,11 @@ def write_quantized(base: str | Path, quantize: str, folder: Path) -> None:
 
 
 def read_options(folder: str | Path) -> ModelOptions:
-    """The options a model folder was saved with, its relative paths resolved. Raises UserError."""
+    """The options a model folder was saved with, its relative paths resolved.
+
+    Raises UserError; also for a folder that names code outside the package which nobody here has named: it
+    may come from anywhere, and opening it must not run what it says.
+    """
     folder = shipped(folder)
     if not folder.is_dir():
         raise UserError("no such folder", where=folder)
@@ -362,6 +367,7 @@ def read_options(folder: str | Path) -> ModelOptions:
     for name, kind in kinds.items():
         fields = config.get(name)
         if isinstance(fields, dict):
+            refuse_unasked(str(fields.get("tower", fields.get("kind"))), folder / "config.json")
             if not isinstance(fields.get("adapter", ""), str):
                 source.fault((name, "adapter"), "expected the path of a folder")
             fields = {key: value for key, value in fields.items() if key != "adapter"}

@@ -4,11 +4,46 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from mmtune.core import table as tables
 from mmtune.core.errors import UserError
-from mmtune.core.table import Table, nearest
+from mmtune.core.table import Table, allow, nearest, refuse_unasked
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder on the path with a module of Fractions, one that is broken, and an installed package."""
+    (tmp_path / "halves.py").write_text(
+        "from fractions import Fraction\nclass Half(Fraction): ...\nten = 10\n"
+    )
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "lacking.py").write_text("import nowhere_to_be_found\n")
+    installed = tmp_path / "halves-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: halves\nVersion: 1.0\n")
+    points = "[numbers]\nhalf = halves:Half\nthird = halves:Half\n[other.numbers]\nfourth = halves:Half\n"
+    (installed / "entry_points.txt").write_text(points)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tables._entry_points.cache_clear()
+    yield tmp_path
+    tables._entry_points.cache_clear()
+
+
+def numbers() -> Table:
+    own = {
+        "third": "fractions:Fraction",
+        "one": "fractions:Fraction",
+        "halves_N": "tests.core.test_table:halved",
+    }
+    return Table("number", own, contract="fractions:Fraction", group="numbers")
+
+
+def halved(number: int) -> str:
+    return f"{number} halves"
 
 
 def test_a_name_gives_what_it_stands_for() -> None:
@@ -48,3 +83,69 @@ def test_nothing_is_imported_before_it_is_asked_for() -> None:
 
 def test_nearest_lists_all_where_none_is_near() -> None:
     assert nearest("zzz", ["b", "a"]) == "Known: a, b."
+
+
+@pytest.mark.parametrize(("name", "found"), [("halves_1", "1 halves"), ("halves_30", "30 halves")])
+def test_a_name_may_hold_a_number(name: str, found: str) -> None:
+    assert name in numbers() and numbers().load(name) == found
+
+
+@pytest.mark.parametrize("name", ["halves_0", "halves_03", "halves_", "halves_-1", "halves_1x", "xhalves_1"])
+def test_another_number_is_unknown(name: str) -> None:
+    assert name not in numbers()
+    with pytest.raises(UserError, match="unknown number"):
+        numbers().load(name)
+
+
+def test_parts_from_outside_by_module_and_by_entry_point(outside: Path) -> None:
+    assert numbers().load("halves:Half").__name__ == "Half"
+    assert numbers().load("half") is numbers().load("halves:Half")
+    assert "half" in numbers() and "half" in numbers().names() and "fourth" not in numbers()
+    with pytest.raises(UserError, match="unknown tuner 'halves:Half'"):  # a table without a contract
+        Table("tuner", {}).load("halves:Half")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nowhere:Half", "there is no module nowhere\n.*PYTHONPATH"),
+        ("halves.deeper:Half", "there is no module halves.deeper"),
+        ("halves:Halve", "halves has no Halve\n *Did you mean 'Half'"),
+        ("halves:ten", "halves:ten is no subclass of fractions.Fraction"),
+        ("broken:Half", "broken cannot be imported: ZeroDivisionError"),
+        ("lacking:Half", "lacking cannot be imported: ModuleNotFoundError: No module named 'nowhere_to"),
+        ("a b:Half", "unknown number 'a b:Half'\n *Write MODULE:CLASS"),
+        (
+            "third",
+            "'third' is mmtune's own and also what installed packages call halves:Half\n *Write halves:Half",
+        ),
+    ],
+)
+def test_what_a_part_from_outside_lacks(outside: Path, name: str, said: str) -> None:
+    with pytest.raises(UserError, match=f"(?s)model.kind: .*{said}"):
+        numbers().load(name, "model.kind")
+
+
+def test_two_packages_may_not_give_one_name(outside: Path) -> None:
+    other = outside / "also-1.0.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: also\nVersion: 1.0\n")
+    (other / "entry_points.txt").write_text("[numbers]\nhalf = broken:Half\n")
+    with pytest.raises(UserError, match=r"'half' is what installed packages call .* and "):
+        numbers().load("half")
+
+
+def test_code_is_only_run_where_somebody_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_allowed", set())
+    refuse_unasked("resampler", "DIR")  # a name of a table or of an installed package
+    with pytest.raises(
+        UserError, match=r"(?s)DIR: it names code outside mmtune, a.b:C, .*MMTUNE_ALLOW=a.b:C"
+    ):
+        refuse_unasked("a.b:C", "DIR")
+    monkeypatch.setenv("MMTUNE_ALLOW", "a.b:D,a.b:C")
+    refuse_unasked("a.b:C", "DIR")
+    monkeypatch.delenv("MMTUNE_ALLOW")
+    allow("a.b:C")
+    refuse_unasked("a.b:C", "DIR")
+    with pytest.raises(UserError):
+        refuse_unasked("a.b:D", "DIR")

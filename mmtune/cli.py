@@ -263,6 +263,16 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("overrides", nargs="*", metavar="key=value")
     sweep.set_defaults(run=commands.sweep_command)
 
+    swap = subcommands.add_parser("swap-tower", help="other towers in a model: aligned, tuned, compared")
+    swap.add_argument("yaml", type=Path)
+    swap.add_argument("overrides", nargs="*", metavar="key=value")
+    only = swap.add_mutually_exclusive_group()
+    only.add_argument(
+        "--plan", action="store_true", help="check, fit, write a YAML for each run; print what is left to do"
+    )
+    only.add_argument("--report", action="store_true", help="the report alone, of the runs that are finished")
+    swap.set_defaults(run=commands.swap_tower_command)
+
     bench = subcommands.add_parser("bench", help="what this machine does, as ratios to the plain form")
     benches = bench.add_subparsers(required=True, metavar="WHAT")
     generating = benches.add_parser("generate", help="answers in batches against one question at a time")

@@ -278,6 +278,22 @@ def sweep_command(options: argparse.Namespace) -> None:
         print(f"best: {report['best']}")
 
 
+def swap_tower_command(options: argparse.Namespace) -> None:
+    from mmtune.experiments.swap_page import print_swap
+    from mmtune.experiments.swap_tower import commands, plan_swap, report_swap, run_swap
+    from mmtune.training.signals import Signals
+
+    if options.plan:
+        for words in commands(options.yaml, *plan_swap(options.yaml, options.overrides)):
+            print(_command(*words))
+    elif options.report:
+        print_swap(report_swap(options.yaml, options.overrides), _console())
+    else:
+        with Signals(_command("swap-tower", str(options.yaml), *options.overrides)) as signals:
+            report = run_swap(options.yaml, options.overrides, signals)
+        print_swap(report, _console())
+
+
 def bench_generate_command(options: argparse.Namespace) -> None:
     from mmtune.bench.generate import bench_generate, print_generate
     from mmtune.core.files import write_json

@@ -74,16 +74,27 @@ def between(
     pairs: list[dict[str, Any]] = []
     for b in dict.fromkeys((best, labels[0])):
         others = [a for a in labels if a != b and {a, b} not in [{p["a"], p["b"]} for p in pairs]]
-        rows: list[dict[str, Any]] = [
-            {"a": a, "b": b, **changes(methods[b], methods[a], source, target)} for a in others
-        ]
-        for which in ("source", "target"):
-            adjusted = holm([row[which]["p"] for row in rows])
-            for row, p in zip(rows, adjusted, strict=True):
-                spread = _stderr_seeds(*[[run[which] for run in runs[label]] for label in (row["a"], b)])
-                row[which] |= {"p_holm": p, "stderr_seeds": spread}
-        pairs += rows
+        pairs += compare_pairs([(a, b) for a in others], methods, runs, source, target)
     return {"best": best, "first": labels[0], "pairs": pairs}
+
+
+def compare_pairs(
+    pairs: Sequence[tuple[str, str]],
+    methods: Methods,
+    runs: Mapping[str, Sequence[Mapping[str, float]]],
+    source: Sequence[str],
+    target: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Of each pair a less b, as `between` has it; p_holm of Source and Target is over these pairs."""
+    rows: list[dict[str, Any]] = [
+        {"a": a, "b": b, **changes(methods[b], methods[a], source, target)} for a, b in pairs
+    ]
+    for which in ("source", "target"):
+        adjusted = holm([row[which]["p"] for row in rows])
+        for row, p in zip(rows, adjusted, strict=True):
+            spread = _stderr_seeds(*[[run[which] for run in runs[row[label]]] for label in "ab"])
+            row[which] |= {"p_holm": p, "stderr_seeds": spread}
+    return rows
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], moved: Sequence[np.ndarray]) -> dict[str, Any]:

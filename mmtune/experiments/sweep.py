@@ -7,31 +7,23 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
-import os
-import signal
 import sys
-import traceback
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from mmtune.core.config import Report, Source, parse, to_dict
 from mmtune.core.errors import Fault, UserError
-from mmtune.core.files import writing
 from mmtune.evaluation.metrics.base import some
-from mmtune.evaluation.protocol import Suite, load_suite
-from mmtune.experiments.estimate import Progress, expect
+from mmtune.evaluation.protocol import load_suite
+from mmtune.experiments.estimate import expect
+from mmtune.experiments.runs import evaluate_as, run_all
 from mmtune.parts.fingerprint import model_hash, start_hash
-from mmtune.run import RunOptions, check_name, check_scales, deciding, read_run
+from mmtune.run import EvaluateOptions, RunOptions, check_name, check_scales, deciding, read_run
 from mmtune.training.signals import Signals
 
 OWN = ("base", "logs", "report")  # what a sweep's folder holds beside its runs
-_stopping: list[int] = []  # in a process of a sweep: the signals that came between two runs
 
 
 @dataclass
@@ -148,7 +140,6 @@ def run_sweep(
     folder of a run holds another run than the sweep asks for, or a run starts from another model than the
     sweep's base; and, once the others are through, for the runs that failed.
     """
-    from mmtune.evaluation.evaluate import evaluate_suite
     from mmtune.evaluation.report import make_report
     from mmtune.training.folder import open_run
 
@@ -162,13 +153,12 @@ def run_sweep(
     for run in runs:  # what cannot go on is said before anything trains
         open_run(run, resume=True)
     _check_bases(runs, options)
-    evaluate_suite(options.base, suite, base, options.split, batch_size=options.batch_size)
+    plain = EvaluateOptions(options.suite, split=options.split, batch_size=options.batch_size)
+    evaluate_as(plain, options.base, suite, base)
+    how = replace(plain, attribution=options.attribution, scales=options.scales, kl=options.kl)
     evaluations = 1 + 2 * options.attribution + len(options.scales)
     print(expect(runs, base, evaluations, options.jobs), flush=True)
-    if options.jobs == 1:
-        faults = _run_in_turn(runs, options, suite, signals)
-    else:
-        faults = _run_side_by_side(runs, options, suite, folder / "logs")
+    faults = run_all(runs, how, suite, options.jobs, folder / "logs", signals)
     if faults:
         raise UserError.of(faults)
     report = make_report(base, [run.folder for run in runs], suite, options.split, folder / "report")
@@ -193,105 +183,6 @@ def _check_bases(runs: list[RunOptions], options: SweepOptions) -> None:
             faults.append(Fault(what, run.name, mend))
     if faults:
         raise UserError.of(faults)
-
-
-def _run_one(run: RunOptions, options: SweepOptions, suite: Suite, signals: Signals | None) -> None:
-    from mmtune.evaluation.evaluate import evaluate_suite
-    from mmtune.training.folder import open_run
-
-    if not open_run(run, resume=True):
-        from mmtune.training.loop import train
-
-        train(run, resume=True, signals=signals)
-    evaluate_suite(
-        run.folder / "final",
-        suite,
-        run.folder,
-        options.split,
-        options.attribution,
-        options.scales,
-        options.kl,
-        batch_size=options.batch_size,
-    )
-
-
-def _run_in_turn(
-    runs: list[RunOptions], options: SweepOptions, suite: Suite, signals: Signals | None
-) -> list[Fault]:
-    faults = []
-    progress = Progress(runs)
-    for run in runs:
-        failed = False
-        try:
-            _run_one(run, options, suite, signals)
-        except UserError as error:
-            print(f"mmtune: {run.name} FAILED", file=sys.stderr)
-            faults.append(Fault(str(error), run.name))
-            failed = True
-        progress.tell(run, failed)
-    return faults
-
-
-def _run_side_by_side(runs: list[RunOptions], options: SweepOptions, suite: Suite, logs: Path) -> list[Fault]:
-    """Runs in `jobs` processes, each with its share of the cores, what it prints in logs/NAME.log."""
-    with writing(logs):
-        logs.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // options.jobs)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the processes when they start
-    faults = []
-    progress = Progress(runs)
-    # Spawned, not forked: a process that has used threads cannot be forked safely.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, context, initializer=_leave_to_parent) as pool:
-        waiting: dict[Future[str | None], RunOptions] = {
-            pool.submit(_run_logged, run, options, suite, logs / f"{run.name}.log"): run for run in runs
-        }
-        try:
-            for future in as_completed(waiting):
-                run = waiting[future]
-                if failure := future.result():
-                    faults.append(Fault(failure, run.name, f"See {logs / run.name}.log."))
-                progress.tell(run, failed=bool(failure))
-        except BrokenProcessPool:
-            raise UserError(
-                "one of the processes was killed, perhaps for want of memory",
-                where=logs,
-                mend="The same command goes on; with fewer jobs it needs less memory.",
-            ) from None
-        except BaseException:
-            for process in multiprocessing.active_children():
-                process.terminate()  # each writes a checkpoint first
-            pool.shutdown(cancel_futures=True)
-            raise
-    return faults
-
-
-def _leave_to_parent() -> None:
-    """For a process of a sweep: Ctrl-C is its parent's to answer, SIGTERM between two runs ends the next."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: _stopping.append(number))
-
-
-def _run_logged(run: RunOptions, options: SweepOptions, suite: Suite, log: Path) -> str | None:
-    """`_run_one` in a process of its own. Returns what went wrong, or None."""
-    with open(log, "a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
-        try:
-            # What is sent to all processes comes twice, the second time from the parent.
-            with Signals("the command of the sweep", twice=False) as signals:
-                if _stopping:
-                    return "not begun, since SIGTERM came before"
-                _run_one(run, options, suite, signals)
-        except UserError as error:
-            print(error)
-            return str(error)
-        except Exception as error:
-            traceback.print_exc()
-            return f"a fault of ours: {error!r}"
-        except KeyboardInterrupt as stopped:
-            print(stopped)
-            _stopping.append(signal.SIGTERM)
-            return str(stopped)
-    return None
 
 
 def _short_keys(keys: list[str]) -> dict[str, str]:

@@ -67,6 +67,11 @@ def start_hash(model: ModelOptions) -> str | None:
     return model_hash(model.base, model.quantize) if model.base and not replaced else None
 
 
+def weights_hash(weights: str) -> str:
+    """The same of one part's weights, a folder; a model of the hub counts by its name."""
+    return hashlib.sha256(json.dumps(_content(Path(weights), weights)).encode()).hexdigest()[:16]
+
+
 def quantized_config(folder: str | Path, quantize: str) -> dict[str, Any]:
     """The config of a model folder with its language model held in nf4 or int8. Raises UserError."""
     config = _config(shipped(folder))

@@ -293,7 +293,7 @@ def assemble(options: ModelOptions, exact: Collection[str] = ()) -> VisionLangua
         return model
     assert options.vision and options.connector and options.language
     dtypes = {part: torch.float32 if part in exact else torch_dtype(options.dtype) for part in PARTS}
-    vision = _vision(options.vision, dtypes["vision"])
+    vision = load_vision(options.vision, dtypes["vision"])
     held = replace(options.language, quantize=quantization(options))
     language = _language(held, dtypes["language"])
     vision.attend_by(options.attention)
@@ -326,7 +326,7 @@ def load_part(
         part.to(torch_dtype(dtype))
         part.load(Path(options.weights))
     else:
-        part = (_vision if name == "vision" else _language)(options, torch_dtype(dtype))
+        part = (load_vision if name == "vision" else _language)(options, torch_dtype(dtype))
         part.attend_by(like.options.attention)
     if merge and getattr(options, "quantize", None):
         part.dequantize()
@@ -389,7 +389,8 @@ def write_options(folder: Path, options: ModelOptions, adapters: Collection[str]
     write_json(folder / "config.json", {"mmtune": FORMAT_VERSION, **parts})
 
 
-def _vision(options: VisionOptions, dtype: torch.dtype) -> VisionTower:
+def load_vision(options: VisionOptions, dtype: torch.dtype) -> VisionTower:
+    """A tower by itself: its weights, or new ones. Raises UserError."""
     tower = TOWERS.load(options.tower, "model.vision.tower")
     if options.weights is not None:
         return tower.load(options.weights, options.layer, dtype, options.image_size)

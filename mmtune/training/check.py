@@ -132,7 +132,7 @@ def check_run(
     model = options.model if options else _block(source, ModelOptions, "model")
     for key, stage in _stages(source, options):
         outline = faults.gather((), outline_of_configs if shapes else outline_of, model) if model else None
-        found.append(_check_stage(faults, key, stage, outline, options, None if shapes else pictures, gpus))
+        found.append(check_stage(faults, key, stage, outline, options, None if shapes else pictures, gpus))
     evaluation = options.evaluate if options else _block(source, EvaluateOptions, "evaluate")
     if evaluation:
         faults.gather(("evaluate",), _check_protocols if shapes else _check_evaluation, evaluation)
@@ -145,7 +145,7 @@ def check_run(
         raise UserError.of(dict.fromkeys(faults.found))  # stages share a model, and perhaps its faults
 
 
-def _check_stage(
+def check_stage(
     faults: Faults,
     key: Key,
     stage: Stage,
@@ -154,7 +154,11 @@ def _check_stage(
     pictures: int | None,
     gpus: Gpus,
 ) -> StageFound:
-    """pictures: None where no data is to be read."""
+    """What is known of a stage before it runs; what is wrong with it goes to `faults`.
+
+    model: its outline, to which the tuners are attached; None where there is none. options: the run, where
+    it is sound. pictures: how many are decoded; None where no data is to be read.
+    """
     found = StageFound(stage.name)
     if own := getattr(model, "chat", None):
         found.chat, found.models_chat = faults.gather(key, own.in_format, stage.chat), own.format

@@ -1,12 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -215,51 +210,3 @@ def test_one_after_the_other_a_failure_stops_no_other(
     folder = place / "runs" / "grid"
     assert (folder / "good" / "eval" / "tiny-val" / "results.json").is_file()
     assert not (folder / "copy").exists()
-
-
-SIGNALLED = """
-import sys, time
-from pathlib import Path
-from types import SimpleNamespace
-from mmtune.experiments import sweep
-from mmtune.training.signals import Signals
-
-here = Path(sys.argv[1])
-
-def train(run, options, suite, signals):
-    signals.hold()
-    (here / f"{run.name} trains").touch()
-    while signals.waiting is None:
-        time.sleep(0.01)
-    time.sleep(run.seconds)
-    (here / f"{run.name} saved").touch()
-    signals.stop("with a checkpoint")
-
-sweep._run_one = train
-if __name__ == "__main__":
-    runs = [SimpleNamespace(name=name, folder=here / name, seconds=i % 2) for i, name in enumerate("abcd")]
-    with Signals("mmtune sweep"):
-        sweep._run_side_by_side(runs, SimpleNamespace(jobs=2), None, here / "logs")
-"""
-
-
-@pytest.mark.parametrize("everyone", [True, False], ids=["to all processes", "to the parent"])
-def test_by_sigterm_each_run_saves_a_checkpoint_and_no_other_begins(tmp_path: Path, everyone: bool) -> None:
-    """A cluster sends it to all; the parent sends it on, so that the others then get it twice."""
-    script = tmp_path / "script.py"
-    script.write_text(SIGNALLED)
-    began = [sys.executable, str(script), str(tmp_path)]
-    sweep = subprocess.Popen(began, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    try:
-        until = time.monotonic() + 120
-        while not all((tmp_path / f"{name} trains").exists() for name in "ab"):
-            assert sweep.poll() is None and time.monotonic() < until
-            time.sleep(0.01)
-        (os.killpg if everyone else os.kill)(sweep.pid, signal.SIGTERM)
-        said = sweep.communicate(timeout=120)[1]
-    finally:
-        if sweep.poll() is None:
-            os.killpg(sweep.pid, signal.SIGKILL)
-    assert "stopped by SIGTERM; go on with\n    mmtune sweep" in said
-    assert all((tmp_path / f"{name} saved").exists() for name in "ab"), said
-    assert not any((tmp_path / f"{name} trains").exists() for name in "cd")

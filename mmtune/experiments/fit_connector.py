@@ -57,7 +57,7 @@ def why_not(old: VisionLanguageModel, new: VisionLanguageModel) -> str | None:
 
 
 def _laid(transform: ImageTransform) -> tuple[Any, ...]:
-    return transform.fit, getattr(transform, "crop_pct", 1.0)
+    return transform.fit, transform.crop_pct
 
 
 def fit_connector(

@@ -20,7 +20,7 @@ from mmtune.evaluation.forgetting import short_names
 from mmtune.evaluation.frontier import COLOURS, INK, PALE, SETTINGS
 from mmtune.experiments.swap_options import FITTED, SCRATCH
 
-STARTS = {SCRATCH: (COLOURS[0][0], "o"), FITTED: (COLOURS[1][0], "D")}
+STARTS: dict[str, tuple[str, str]] = {SCRATCH: (COLOURS[0][0], "o"), FITTED: (COLOURS[1][0], "D")}
 ACROSS = 4  # panels in a row
 ROW, PANEL = 0.26, 2.0  # inches: of a tower in a panel of scores, of a panel of curves
 

@@ -158,15 +158,11 @@ def _must_fit(unfit: list[tuple[str, str]], where: str) -> None:
 
 
 def _tower(options: VisionOptions) -> VisionTower:
-    fields = options.config
-    if options.tower == "open_clip":
-        if fields is None:
-            model = config_of(str(options.weights), "open_clip_config.json").get("model_cfg", {})
-            fields = {**model.get("vision_cfg", {}), "quick_gelu": model.get("quick_gelu", False)}
-    else:
-        fields = config_of(str(options.weights)) if fields is None else fields
-        fields = _of_family({"model_type": "clip_vision_model", **fields.get("vision_config", fields)})
-    return TOWERS.load(options.tower).create(fields, options.layer, options.image_size)
+    kind, fields = TOWERS.load(options.tower), options.config
+    if fields is None:
+        weights = str(options.weights)
+        fields = kind.fields(config_of(weights, kind.config_file), weights)
+    return kind.create(fields, options.layer, options.image_size)
 
 
 def _language(options: LanguageOptions) -> LanguageModel:

@@ -20,6 +20,10 @@ TOWERS = Table(
     "vision tower",
     {
         "clip": "mmtune.parts.vision.clip:ClipTower",
+        "siglip": "mmtune.parts.vision.siglip:SiglipTower",
+        "siglip2": "mmtune.parts.vision.siglip2:Siglip2Tower",
+        "dinov2": "mmtune.parts.vision.dinov2:Dinov2Tower",
+        "dinov3": "mmtune.parts.vision.dinov3:Dinov3Tower",
         "open_clip": "mmtune.parts.vision.open_clip:OpenClipTower",
     },
     contract="mmtune.parts.vision.base:VisionTower",
@@ -29,6 +33,13 @@ TOWERS = Table(
 MODEL_TYPES = {
     "clip": "clip",
     "clip_vision_model": "clip",
+    "siglip": "siglip",
+    "siglip_vision_model": "siglip",
+    "siglip2": "siglip2",
+    "siglip2_vision_model": "siglip2",
+    "dinov2": "dinov2",
+    "dinov2_with_registers": "dinov2",
+    "dinov3_vit": "dinov3",
 }
 CONNECTORS = Table(
     "connector",

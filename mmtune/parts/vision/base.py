@@ -45,6 +45,7 @@ class VisionTower(nn.Module):
     own_fit: Literal["crop", "squash"] | None = "crop"
     crop_pct: float = 1.0
     unused: tuple[str, ...] = ()
+    config_file: str = "config.json"
 
     @classmethod
     def load(cls, weights: str, layer: int, dtype: torch.dtype, image_size: int | None = None) -> VisionTower:
@@ -53,6 +54,13 @@ class VisionTower(nn.Module):
         missing too.
         """
         raise NotImplementedError
+
+    @classmethod
+    def fields(cls, config: dict[str, Any], where: str) -> dict[str, Any]:
+        """What `create` takes, from a checkpoint's `config_file`. where: its name. Raises UserError where it
+        is that of another family.
+        """
+        return config
 
     @classmethod
     def create(cls, config: dict[str, Any], layer: int, image_size: int | None = None) -> VisionTower:

@@ -9,10 +9,11 @@ from typing import Any, Self
 import torch
 
 from mmtune.core.errors import UserError
+from mmtune.core.files import write_json
 from mmtune.parts.loading import from_pretrained, load_config, new_config, own_weights, refusals
 from mmtune.parts.spec import MODEL_TYPES
 from mmtune.parts.vision.base import VisionTower, layers_up_to, require_whole_patches, side_of
-from mmtune.parts.vision.pixels import Pixels, read_pixels, write_pixels
+from mmtune.parts.vision.pixels import FILE, Pixels, read_pixels, said_of
 
 
 class TransformersTower(VisionTower):
@@ -37,7 +38,7 @@ class TransformersTower(VisionTower):
         self.width = hf.config.hidden_size
         self.patch = side_of(hf.config.patch_size, "patch_size", "config.json")
         self.prefix = int(self.has_cls) + getattr(hf.config, "num_register_tokens", 0)
-        self.image_size = self._side()
+        self.image_size = self.side()
         self.tokens = (self.image_size // self.patch) ** 2
         self.mean, self.std, self.resample, self.own_fit, self.crop_pct = pixels
 
@@ -53,6 +54,15 @@ class TransformersTower(VisionTower):
         return tower.resized(image_size, weights)
 
     @classmethod
+    def fields(cls, config: dict[str, Any], where: str) -> dict[str, Any]:
+        if config.get("model_type") in cls.wholes:
+            config = config.get("vision_config") or {}
+        kind = cls._model(config.get("model_type"), where).config_class
+        default = kind()  # files bring along notes of older versions and of other models
+        kept = {name: value for name, value in config.items() if hasattr(default, name)}
+        return {**kept, "model_type": kind.model_type}
+
+    @classmethod
     def create(cls, config: dict[str, Any], layer: int, image_size: int | None = None) -> Self:
         where = "model.vision.config"
         fields = dict(config)
@@ -65,7 +75,14 @@ class TransformersTower(VisionTower):
 
     def save(self, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
         self.hf.save_pretrained(folder, state_dict=own_weights(self.hf, tensors))
-        write_pixels(folder, self, self.processor)
+        write_json(folder / FILE, self.preprocessor())
+
+    def preprocessor(self) -> dict[str, Any]:
+        """The content of preprocessor_config.json."""
+        said = said_of(self.transform("own" if self.own_fit else "crop"))
+        if self.own_fit is None:
+            said["do_center_crop"] = False
+        return {"image_processor_type": self.processor, **said}
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.hidden(self.normalise(images, self.hf.dtype))[:, self.prefix :]
@@ -74,32 +91,42 @@ class TransformersTower(VisionTower):
         """What the last block gives, prefix included: no final norm, no pooling."""
         return self.hf.encoder(inputs_embeds=self.hf.embeddings(pixels)).last_hidden_state
 
+    def side(self) -> int:
+        """The side in pixels of the pictures that its positions are for."""
+        return side_of(self.hf.config.image_size, "image_size", "config.json")
+
+    def interpolated(self, side: int) -> torch.Tensor | None:
+        """The positions for pictures of another side as transformers makes them; None where there are none.
+        The config is from now on for that side.
+        """
+        self.hf.config.image_size = side
+        blank = torch.empty(1, (side // self.patch) ** 2 + int(self.has_cls), self.width)
+        return self.hf.embeddings.interpolate_pos_encoding(blank, side, side)
+
+    @torch.no_grad()
     def resized(self, side: int | None, where: str) -> Self:
-        """The tower for pictures of another side: its positions become what transformers makes of them, and
-        are saved so. Raises UserError for a side that is not made of whole patches.
+        """The tower for pictures of another side, saved from now on as one for those. Raises UserError for a
+        side that is not made of whole patches.
         """
         if side in (None, self.image_size):
             return self
         require_whole_patches(side, self.patch, where)
-        old, config = self.hf.embeddings, self.hf.config
-        blank = torch.empty(1, (side // self.patch) ** 2 + int(self.has_cls), self.width)
-        with torch.no_grad():
-            between = old.interpolate_pos_encoding(blank, side, side)
-        config.image_size = side
-        made = type(old)(config).to(self.hf.dtype)
-        state = old.state_dict()
-        state[self.positions] = between.reshape(made.state_dict()[self.positions].shape)
-        made.load_state_dict(state)
-        self.hf.embeddings = made
+        positions = self.interpolated(side)
+        if positions is not None:
+            old = self.hf.embeddings
+            made = type(old)(self.hf.config).to(self.hf.dtype)
+            shape = made.get_parameter(self.positions).shape
+            made.load_state_dict(old.state_dict() | {self.positions: positions.reshape(shape)})
+            self.hf.embeddings = made
         self.image_size, self.tokens = side, (side // self.patch) ** 2
         return self
-
-    def _side(self) -> int:
-        return side_of(self.hf.config.image_size, "image_size", "config.json")
 
     @classmethod
     def _cut(cls, config: Any, layer: int, where: str) -> None:
         config.num_hidden_layers = layers_up_to(layer, config.num_hidden_layers, where)
+        if hasattr(config, "stage_names"):  # by which backbones name their layers
+            config.stage_names = config.stage_names[: config.num_hidden_layers + 1]
+            config.set_output_features_output_indices(out_features=None, out_indices=None)
         for name, value in cls.switched_off:
             setattr(config, name, value)
 

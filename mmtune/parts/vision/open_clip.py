@@ -62,6 +62,7 @@ class OpenClipTower(VisionTower):
 
     has_cls = True
     prefix = 1
+    config_file = CONFIG
 
     def __init__(self, vision_cfg: CLIPVisionCfg, quick_gelu: bool, preprocess: dict[str, Any]) -> None:
         super().__init__()
@@ -114,6 +115,11 @@ class OpenClipTower(VisionTower):
         if not outline:
             tower.load_state_dict({name: stored[name].to(dtype) for name in expected}, assign=True)
         return tower.to(dtype)
+
+    @classmethod
+    def fields(cls, config: dict[str, Any], where: str) -> dict[str, Any]:
+        model = config.get("model_cfg", {})
+        return {**model.get("vision_cfg", {}), "quick_gelu": model.get("quick_gelu", False)}
 
     @classmethod
     def create(cls, config: dict[str, Any], layer: int, image_size: int | None = None) -> OpenClipTower:

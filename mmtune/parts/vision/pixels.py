@@ -9,9 +9,8 @@ from PIL.Image import Resampling
 from transformers.utils import cached_file
 
 from mmtune.core.errors import Fault, UserError
-from mmtune.core.files import read_json, write_json
+from mmtune.core.files import read_json
 from mmtune.data.image import ImageTransform, Resample
-from mmtune.parts.vision.base import VisionTower
 
 FILE = "preprocessor_config.json"
 _FILTERS: dict[int, Resample] = {
@@ -59,14 +58,6 @@ def read_pixels(weights: str, published: Pixels) -> Pixels:
     resample = published.resample if code is None else _FILTERS[code]
     fit, crop_pct = _fit(said, published)
     return Pixels((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]), resample, fit, crop_pct)
-
-
-def write_pixels(folder: Path, tower: VisionTower, processor: str) -> None:
-    """Writes the file for transformers' image processor of that name."""
-    fields = said_of(tower.transform("own" if tower.own_fit else "crop"))
-    if tower.own_fit is None:
-        fields["do_center_crop"] = False
-    write_json(folder / FILE, {"image_processor_type": processor, **fields})
 
 
 def said_of(transform: ImageTransform) -> dict[str, Any]:

@@ -1,0 +1,158 @@
+"""What is asked of every tower, family by family, against the family's own library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmtune.core.errors import UserError
+from mmtune.parts.spec import TOWERS
+from mmtune.parts.vision.base import VisionTower
+from tests.parts.towers import FAMILIES, LAYERS, Family, normalised, pictures
+
+FP32 = torch.float32
+SHOWN: list[tuple[str, int, int, str, float]] = []
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
+def family(request: pytest.FixtureRequest) -> Family:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def weights(family: Family, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return family.save(tmp_path_factory.mktemp("tower"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shown() -> Iterator[None]:
+    """The parity table, under pytest -s."""
+    yield
+    print(f"\n{'tower':<28}{'side':>5}{'layer':>6}{'patches':>9}  largest difference to the library")
+    for name, side, layer, patches, difference in SHOWN:
+        print(f"{name:<28}{side:>5}{layer:>6}{patches:>9}  {difference:.1e}")
+
+
+def load(
+    family: Family, weights: str, layer: int = -2, side: int | None = None, **changes: Any
+) -> VisionTower:
+    return TOWERS.load(family.tower).load(weights, layer, changes.get("dtype", FP32), side).eval()
+
+
+@torch.no_grad()
+def features(tower: VisionTower, seed: int = 0) -> torch.Tensor:
+    return tower(pictures(2, tower.image_size, seed)).float()
+
+
+@pytest.mark.parametrize("layer", [-1, -2, -LAYERS])
+@pytest.mark.parametrize("size", ["own", "other"])
+def test_patch_tokens_are_those_of_the_library(family: Family, weights: str, layer: int, size: str) -> None:
+    side = getattr(family, size)
+    tower = load(family, weights, layer, None if size == "own" else side)
+    grid = family.grid if size == "own" else side // tower.patch
+    assert (tower.prefix, tower.image_size, tower.tokens) == (family.prefix, side, grid**2)
+    assert tower.has_cls == (family.prefix > 0)
+    assert (
+        len([1 for module in tower.layers() if "mlp" in dict(module.named_children())]) == LAYERS + 1 + layer
+    )
+    images = pictures(2, side)
+    with torch.no_grad():
+        found = tower(images)
+    expected = family.tokens(weights, layer, normalised(tower, images))
+    assert expected.shape[1] == family.prefix + tower.tokens
+    expected = expected[:, family.prefix :]
+    assert found.shape == expected.shape == (2, tower.tokens, tower.width)
+    difference = float((found - expected).abs().max())
+    SHOWN.append((family.name, side, layer, f"{grid} x {grid}", difference))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_patch_is_dropped_and_no_prefix_kept(family: Family, weights: str) -> None:
+    """Where patches don't see each other, another patch k changes feature k and no other."""
+    tower = load(family, weights)
+    for name, module in tower.named_modules():
+        if name.endswith(family.mixing):
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    images = pictures(1, tower.image_size)
+    grid, patch = family.grid, tower.patch
+    with torch.no_grad():
+        before = tower(images)
+        for k in range(grid**2):
+            top, left = k // grid * patch, k % grid * patch
+            changed = images.clone()
+            changed[:, :, top : top + patch, left : left + patch] ^= 255
+            moved = (tower(changed) - before).abs().amax((0, 2)) > 0
+            assert moved.nonzero().flatten().tolist() == [k]
+
+
+def test_saved_and_loaded_at_either_size(family: Family, weights: str, tmp_path: Path) -> None:
+    """What is saved ends at the layer that was used, and is for pictures of the size that was used."""
+    for side in (family.own, family.other):
+        tower = load(family, weights, -2, side)
+        tower.save(tmp_path / str(side))
+        again = load(family, str(tmp_path / str(side)), -1)
+        for name in (
+            "width",
+            "tokens",
+            "image_size",
+            "patch",
+            "prefix",
+            "mean",
+            "std",
+            "resample",
+            "own_fit",
+        ):
+            assert getattr(again, name) == getattr(tower, name), name
+        if tower.own_fit:
+            assert again.transform("own").length == tower.transform("own").length
+        assert torch.equal(features(again), features(tower))
+        assert not list((tmp_path / str(side)).glob("*.bin"))
+
+
+def test_a_size_of_no_whole_patches_is_refused(family: Family, weights: str) -> None:
+    with pytest.raises(UserError, match=r"image_size 43 is no multiple of the patch, 8 pixels\n.* 40 or 48"):
+        load(family, weights, -2, 43)
+
+
+def test_a_gradient_reaches_every_parameter_that_is_used(family: Family, weights: str) -> None:
+    """So that DDP need not look for those without one, also where each layer runs twice."""
+    tower = load(family, weights, -2, family.other).train()
+    gradients = []
+    for checkpointing in (False, True):
+        tower.checkpoint_activations(checkpointing)
+        tower.zero_grad()
+        tower(pictures(2, tower.image_size)).square().mean().backward()
+        core = getattr(tower, "hf", tower)
+        used = {n: p for n, p in core.named_parameters() if not n.startswith(tower.unused or ("-",))}
+        assert [name for name, parameter in used.items() if parameter.grad is None] == []
+        unused = [p for n, p in core.named_parameters() if n not in used]
+        assert all(p.grad is None for p in unused)
+        gradients.append({name: p.grad.clone() for name, p in used.items() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_every_attention_gives_the_same_and_training_mode_too(family: Family, weights: str) -> None:
+    """A frozen tower is in training mode as well, where DINOv3 moves its positions at random."""
+    tower = load(family, weights)
+    expected = features(tower)
+    for attention in ("eager", "sdpa"):
+        tower.attend_by(attention)
+        torch.testing.assert_close(features(tower), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(features(tower.train()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16(family: Family, weights: str) -> None:
+    exact = features(load(family, weights))
+    for side in (family.own, family.other):
+        tower = load(family, weights, -2, side, dtype=torch.bfloat16)
+        assert {parameter.dtype for parameter in tower.parameters()} == {torch.bfloat16}
+        with torch.no_grad():
+            assert tower(pictures(2, side)).dtype == torch.bfloat16
+    rounded = features(load(family, weights, dtype=torch.bfloat16))
+    assert (rounded - exact).norm() < 0.05 * exact.norm()

@@ -1,0 +1,190 @@
+"""Tiny random towers of every family, each with what its own library makes of the same pictures.
+
+A family joins by a row in FAMILIES; test_towers.py then holds it to all that is asked of a tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
+
+from mmtune.parts.vision.base import VisionTower
+
+LAYERS = 3
+# Of the library: (weights, layer, normalised pictures [N, 3, S, S]) -> tokens [N, prefix + patches, width].
+Library = Callable[[str, int, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """name: of the row; `tower` of the table. save: writes a checkpoint and returns what `weights` says.
+    prefix, own, grid: what the tower has to declare. own is the side of its pictures; at `other` the
+    positions are interpolated. mixing: the ends of the names of the layers through which patches see each
+    other.
+    """
+
+    name: str
+    tower: str
+    save: Callable[[Path], str]
+    tokens: Library
+    prefix: int
+    own: int
+    grid: int
+    other: int = 40
+    mixing: tuple[str, ...] = ("out_proj", "o_proj")
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+_COMMON: dict[str, Any] = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "patch_size": 8,
+}
+_DINO: dict[str, Any] = {**_COMMON, "image_size": 24, "layerscale_value": 0.7}
+_DINOV2 = {name: value for name, value in _DINO.items() if name != "intermediate_size"}
+
+
+def saved_hf(model: type, config: Any) -> Callable[[Path], str]:
+    """A checkpoint of transformers with wide random weights: no two positions or channels are alike."""
+
+    def save(folder: Path) -> str:
+        torch.manual_seed(0)
+        made: Any = model(config)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+        made.save_pretrained(folder)
+        return str(folder)
+
+    return save
+
+
+def hf_tokens(model: Any, layers: str, **options: Any) -> Library:
+    """What a hook on the layer sees, while transformers' own class runs from pixels to its end."""
+
+    def tokens(weights: str, layer: int, pixels: torch.Tensor) -> torch.Tensor:
+        whole = model.from_pretrained(weights).eval()
+        seen: list[Any] = []
+        block = whole.get_submodule(layers)[layer]
+        block.register_forward_hook(lambda module, given, output: seen.append(output))
+        with torch.no_grad():
+            whole(**_inputs(whole, pixels), **options)
+        return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+
+    return tokens
+
+
+def _inputs(model: Any, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    if not isinstance(model, Siglip2VisionModel):
+        return {"pixel_values": pixels}
+    patch: Any = model.config.patch_size
+    rows = [torch.from_numpy(convert_image_to_patches(each.numpy(), patch)) for each in pixels]
+    count = pixels.shape[-1] // patch
+    return {
+        "pixel_values": torch.stack(rows),
+        "pixel_attention_mask": torch.ones(len(rows), count**2, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[count, count]] * len(rows)),
+    }
+
+
+FAMILIES = [
+    Family(
+        "clip",
+        "clip",
+        saved_hf(CLIPVisionModel, CLIPVisionConfig(**_COMMON, image_size=24)),
+        hf_tokens(CLIPVisionModel, "encoder.layers", interpolate_pos_encoding=True),
+        prefix=1,
+        own=24,
+        grid=3,
+    ),
+    Family(
+        "siglip",  # 30 pixels have 3 patches of 8, as so400m has 27 of 14 in 384
+        "siglip",
+        saved_hf(SiglipVisionModel, SiglipVisionConfig(**_COMMON, image_size=30)),
+        hf_tokens(SiglipVisionModel, "encoder.layers", interpolate_pos_encoding=True),
+        prefix=0,
+        own=30,
+        grid=3,
+    ),
+    Family(
+        "siglip2",
+        "siglip2",
+        saved_hf(Siglip2VisionModel, Siglip2VisionConfig(**_COMMON, num_patches=9)),
+        hf_tokens(Siglip2VisionModel, "encoder.layers"),
+        prefix=0,
+        own=24,
+        grid=3,
+    ),
+    Family(
+        "dinov2",
+        "dinov2",
+        saved_hf(Dinov2Model, Dinov2Config(**_DINOV2, mlp_ratio=2)),
+        hf_tokens(Dinov2Model, "encoder.layer"),
+        prefix=1,
+        own=24,
+        grid=3,
+    ),
+    Family(
+        "dinov2, registers, SwiGLU",
+        "dinov2",
+        saved_hf(
+            Dinov2WithRegistersModel,
+            Dinov2WithRegistersConfig(**_DINOV2, mlp_ratio=2, num_register_tokens=4, use_swiglu_ffn=True),
+        ),
+        hf_tokens(Dinov2WithRegistersModel, "encoder.layer"),
+        prefix=5,
+        own=24,
+        grid=3,
+    ),
+    Family(
+        "dinov3",
+        "dinov3",
+        saved_hf(DINOv3ViTModel, DINOv3ViTConfig(**_DINO)),
+        hf_tokens(DINOv3ViTModel, "model.layer"),
+        prefix=1,
+        own=24,
+        grid=3,
+    ),
+    Family(
+        "dinov3, registers, gated",
+        "dinov3",
+        saved_hf(DINOv3ViTModel, DINOv3ViTConfig(**_DINO, num_register_tokens=4, use_gated_mlp=True)),
+        hf_tokens(DINOv3ViTModel, "model.layer"),
+        prefix=5,
+        own=24,
+        grid=3,
+    ),
+]
+
+
+def pictures(count: int, side: int, seed: int = 0) -> torch.Tensor:
+    """uint8 noise [count, 3, side, side]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
+
+
+def normalised(tower: VisionTower, images: torch.Tensor) -> torch.Tensor:
+    """By hand, in fp64."""
+    mean, std = (torch.tensor(values).double().view(1, 3, 1, 1) for values in (tower.mean, tower.std))
+    return ((images.double() / 255 - mean) / std).float()

@@ -20,6 +20,7 @@ FOREIGN = (
     "model.vision.weights or model.language.weights."
 )
 REFERENCES = ("weights", "tokenizer", "adapter")
+HELD = ("quantize", "image_size")  # options that change a part's weights as they are loaded
 WHOLE = 64 * 2**20  # bytes up to which a file is hashed as a whole
 EDGE = 2**20
 
@@ -55,7 +56,7 @@ def same_weights(folder: str | Path, base: str | Path, part: str) -> bool:
     """Whether a part, its adapter apart, is the base's own, which has no adapter. Raises UserError."""
     folders = shipped(folder), shipped(base)
     own, its = (_contents(each, _config(each)[part]) for each in folders)
-    return "adapter" not in its and all(own.get(key) == its.get(key) for key in ("weights", "quantize"))
+    return "adapter" not in its and all(own.get(key) == its.get(key) for key in ("weights", *HELD))
 
 
 def start_hash(model: ModelOptions) -> str | None:
@@ -94,8 +95,8 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _contents(folder: Path, part: dict[str, Any]) -> dict[str, str | list[list[str]]]:
-    """What a part's config refers to, by content, and in what its weights are held."""
-    held = {"quantize": part["quantize"]} if part.get("quantize") else {}
+    """What a part's config refers to, by content, and how its weights are held."""
+    held = {key: part[key] for key in HELD if part.get(key)}
     return held | {
         key: _content(folder.resolve() / name, name)
         for key, name in part.items()

@@ -45,7 +45,7 @@ def from_pretrained(cls: Any, weights: str, **options: Any) -> Any:
             weights, weights_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise _unloadable(weights, error) from None
+        raise unloadable(weights, error) from None
     except UnpicklingError:  # its message advises to trust the file
         raise UserError(
             "a .bin file that is broken or holds more than tensors, which is not loaded",
@@ -111,7 +111,7 @@ def load_config(weights: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(weights)
     except (OSError, ValueError) as error:
-        raise _unloadable(weights, error) from None
+        raise unloadable(weights, error) from None
 
 
 def new_config(cls: Any, fields: dict[str, Any], where: str, **preset: Any) -> Any:
@@ -197,7 +197,8 @@ def _outline(cls: Any, weights: str, config: PretrainedConfig | None) -> Any:
         return make(config or load_config(weights))
 
 
-def _unloadable(weights: str, error: Exception) -> UserError:
+def unloadable(weights: str, error: Exception) -> UserError:
+    """The error for a folder or a model of the hub of which a file cannot be had or read."""
     there = Path(weights).exists()
     mend = "Copy the folder anew; it must be whole." if there else _NOWHERE
     return UserError(f"cannot be loaded: {str(error).splitlines()[0]}", where=weights, mend=mend)

@@ -8,12 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil
+from transformers import (
+    AutoImageProcessor,
+    BitImageProcessorPil,
+    CLIPImageProcessorPil,
+    SiglipImageProcessorPil,
+)
 
 from mmtune.core.errors import UserError
 from mmtune.data.image import ImageTransform
+from mmtune.parts.spec import TOWERS
 from mmtune.parts.vision.pixels import Pixels, read_pixels, said_of
+from mmtune.parts.vision.siglip2 import in_rows
+from tests.parts.towers import FAMILIES, Family
 
 GREY = (0.5, 0.5, 0.5)
 PUBLISHED = Pixels(GREY, GREY, "lanczos", "squash", 0.9)
@@ -88,3 +97,26 @@ def test_a_transform_that_no_tower_has_is_refused_whole(tmp_path: Path) -> None:
     text = str(refused.value)
     for part in ("do_normalize is off", "is not 1/255", "resample 4 is none of", "three numbers each"):
         assert part in text
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if "," not in f.name], ids=lambda family: family.name)
+def test_a_saved_tower_brings_the_image_processor_of_its_family(family: Family, tmp_path: Path) -> None:
+    """Its pixels, normalised, are the tower's own: to a rounding, but for DINOv3.
+
+    transformers has DINOv3's transform on torchvision alone, which resizes after it has divided by 255 and
+    doesn't round to whole levels: up to one level of 255 on noise.
+    """
+    tower = TOWERS.load(family.tower).load(family.save(tmp_path / "tower"), -2, torch.float32)
+    tower.save(tmp_path / "saved")
+    naflex, unrounded = family.tower == "siglip2", family.tower == "dinov3"
+    processor = AutoImageProcessor.from_pretrained(
+        tmp_path / "saved", **({} if unrounded else {"backend": "pil"})
+    )
+    transform = tower.transform("squash" if naflex else "own")
+    for shape in [(50, 50)] if naflex else SHAPES:  # NaFlex keeps the ratio
+        picture = noise(*shape)
+        mine = tower.normalise(torch.from_numpy(transform(picture))[None], torch.float32)
+        mine = in_rows(mine, tower.patch) if naflex else mine
+        theirs = processor(picture, return_tensors="pt")["pixel_values"]
+        level = 1 / 255 / min(tower.std)
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1.01 * level if unrounded else 1e-6)

@@ -8,10 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from transformers import DINOv3ConvNextConfig
 
 from mmtune.core.errors import UserError
-from mmtune.parts.spec import TOWERS
+from mmtune.core.files import read_json
+from mmtune.parts.known import config_of
+from mmtune.parts.model import VisionLanguageModel, assemble
+from mmtune.parts.spec import TOWERS, ConnectorOptions, LanguageOptions, ModelOptions, VisionOptions
 from mmtune.parts.vision.base import VisionTower
+from mmtune.tuning.full import FullOptions
+from mmtune.tuning.lora import LoraOptions
+from tests import tiny_models as tiny
 from tests.parts.towers import FAMILIES, LAYERS, Family, normalised, pictures
 
 FP32 = torch.float32
@@ -35,6 +43,11 @@ def shown() -> Iterator[None]:
     print(f"\n{'tower':<28}{'side':>5}{'layer':>6}{'patches':>9}  largest difference to the library")
     for name, side, layer, patches, difference in SHOWN:
         print(f"{name:<28}{side:>5}{layer:>6}{patches:>9}  {difference:.1e}")
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.save_language(tmp_path_factory.mktemp("language"))
 
 
 def load(
@@ -137,6 +150,36 @@ def test_a_gradient_reaches_every_parameter_that_is_used(family: Family, weights
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("tuner", [FullOptions(0.1), LoraOptions(0.1, rank=2, alpha=4)], ids=["full", "lora"])
+def test_a_tuned_tower_comes_back_at_its_size(
+    family: Family, weights: str, language: str, tmp_path: Path, tuner: Any
+) -> None:
+    options = ModelOptions(
+        vision=VisionOptions(family.tower, weights, image_size=family.other),
+        connector=ConnectorOptions("linear"),
+        language=LanguageOptions(language),
+    )
+    model = assemble(options).eval()
+    before = features(model.vision)
+    model.requires_grad_(False)
+    tuner.make().attach(model, "vision")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    for _ in range(2):  # the B of a LoRA is zero before the first step
+        optimizer.zero_grad()
+        model.vision(pictures(2, family.other)).square().mean().backward()
+        assert all(parameter.grad is not None for parameter in trained)
+        optimizer.step()
+    after = features(model.vision)
+    assert (after - before).abs().max() > 1e-3
+    model.save_pretrained(tmp_path)
+    said = read_json(tmp_path / "config.json")["vision"]
+    assert said.get("image_size") == (None if tuner.tuner == "full" else family.other)
+    again = VisionLanguageModel.from_pretrained(tmp_path)
+    assert again.transform == model.transform and again.image_tokens == model.image_tokens
+    torch.testing.assert_close(features(again.vision), after, rtol=1e-5, atol=1e-5)
+
+
 def test_every_attention_gives_the_same_and_training_mode_too(family: Family, weights: str) -> None:
     """A frozen tower is in training mode as well, where DINOv3 moves its positions at random."""
     tower = load(family, weights)
@@ -156,3 +199,56 @@ def test_bfloat16(family: Family, weights: str) -> None:
             assert tower(pictures(2, side)).dtype == torch.bfloat16
     rounded = features(load(family, weights, dtype=torch.bfloat16))
     assert (rounded - exact).norm() < 0.05 * exact.norm()
+
+
+def test_a_tower_of_another_family_is_named(family: Family, weights: str) -> None:
+    for named in {"clip", "siglip", "siglip2", "dinov2", "dinov3"} - {family.tower}:
+        said = rf"this is a .* model, not a .*{named}.*\n.*tower: {family.tower}\."
+        with pytest.raises(UserError, match=said):
+            TOWERS.load(named).load(weights, -2, FP32)
+
+
+def test_dinov3s_convnext_is_refused(tmp_path: Path) -> None:
+    DINOv3ConvNextConfig().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="this is a dinov3_convnext model, not a dinov3_vit"):
+        TOWERS.load("dinov3").load(str(tmp_path), -2, FP32)
+
+
+@pytest.mark.parametrize("kind", ["Siglip", "Siglip2"])
+def test_the_tower_inside_a_whole_siglip(tmp_path: Path, kind: str) -> None:
+    own: dict[str, Any] = {"num_patches": 9} if kind == "Siglip2" else {"image_size": 24}
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**small, **own, "num_hidden_layers": 2, "patch_size": 8}
+    config = getattr(transformers, f"{kind}Config")(
+        vision_config=vision, text_config={**small, "vocab_size": 9}
+    )
+    whole = getattr(transformers, f"{kind}Model")(config)
+    whole.save_pretrained(tmp_path)
+    tower = TOWERS.load(kind.lower()).load(str(tmp_path), -1, FP32)
+    kept = whole.vision_model.state_dict()
+    assert tower.hf.state_dict().keys() == {name for name in kept if not name.startswith("head.")}
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in tower.hf.state_dict().items())
+
+
+# Tower and image_size, patches and prefix: 384 // 14 = 27, 518 / 14 = 37, 336 / 14 = 24.
+REAL = {
+    "openai/clip-vit-large-patch14-336": ("clip", None, 576, 1),
+    "google/siglip-so400m-patch14-384": ("siglip", None, 729, 0),
+    "google/siglip2-so400m-patch14-384": ("siglip", None, 729, 0),
+    "google/siglip2-so400m-patch16-naflex": ("siglip2", 384, 576, 0),
+    "facebook/dinov2-large": ("dinov2", 336, 576, 1),
+    "facebook/dinov2-with-registers-large": ("dinov2", None, 1369, 5),
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": ("open_clip", None, 256, 1),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_towers_from_their_configs_alone(name: str) -> None:
+    kind, side, tokens, prefix = REAL[name]
+    tower = TOWERS.load(kind)
+    fields = tower.fields(config_of(name, tower.config_file), name)
+    with torch.device("meta"):
+        made = tower.create(fields, -2, side)
+        features = made(torch.zeros(1, 3, made.image_size, made.image_size, dtype=torch.uint8))
+    assert (made.tokens, made.prefix) == (tokens, prefix)
+    assert features.shape == (1, tokens, made.width)

@@ -11,6 +11,7 @@ from transformers.utils import cached_file
 from mmtune.core.errors import Fault, UserError
 from mmtune.core.files import read_json
 from mmtune.data.image import ImageTransform, Resample
+from mmtune.parts.loading import unloadable
 
 FILE = "preprocessor_config.json"
 _FILTERS: dict[int, Resample] = {
@@ -35,7 +36,10 @@ def read_pixels(weights: str, published: Pixels) -> Pixels:
     """What the file of a folder or hub name says; where it is silent, what holds for the family's `published`
     checkpoints. Raises UserError for a transform that no tower here has.
     """
-    found = cached_file(weights, FILE, _raise_exceptions_for_missing_entries=False)
+    try:
+        found = cached_file(weights, FILE, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise unloadable(weights, error) from None
     if found is None:
         return published
     said = read_json(Path(found))

@@ -18,6 +18,7 @@ from mmtune.data.shards import Stored
 Picture = Path | Stored  # a file by itself, or in a shard
 Fit = Literal["pad", "crop", "squash"]
 Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+HalfPixel = Literal["down", "even"]
 MOST_PIXELS = 2**26  # of a picture made on the way to the model's size: 8192 x 8192
 _MEND = "Take the picture out of the data, or fetch or save it anew."
 
@@ -29,7 +30,8 @@ class ImageTransform:
     fit: `pad` lays it on a square of the mean colour (LLaVA-1.5), `crop` resizes the shorter side and cuts
     the middle (CLIP), `squash` resizes both sides (SigLIP). mean, std: of the tower, on a scale of 0 to 1.
     resample: PIL's filter. crop_pct: `crop` and `squash` resize to size / crop_pct, of which the middle is
-    kept (224/256 for DINOv2).
+    kept (224/256 for DINOv2). half_pixel: how the place where it begins is rounded, `down` by transformers,
+    to the `even` pixel by torchvision, so by timm and open_clip.
     """
 
     size: int
@@ -38,6 +40,7 @@ class ImageTransform:
     fit: Fit = "pad"
     resample: Resample = "bicubic"
     crop_pct: float = 1.0
+    half_pixel: HalfPixel = "down"
 
     @property
     def length(self) -> int:
@@ -64,22 +67,23 @@ class ImageTransform:
         if self.fit != "pad":
             length, short = self.length, min(picture.size)
             sides = [length * side // short if self.fit == "crop" else length for side in picture.size]
-            picture = _middle(picture, sides[0], sides[1], self.size, resample)
+            picture = self._middle(picture, sides[0], sides[1], resample)
         if picture.size != (self.size, self.size):
             picture = picture.resize((self.size, self.size), resample)
         return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
-
-def _middle(
-    picture: Image.Image, width: int, height: int, size: int, resample: Image.Resampling
-) -> Image.Image:
-    """The middle of a picture that was resized to width x height: as CLIP's transform cuts it."""
-    left, top = (width - size) // 2, (height - size) // 2
-    if width * height > MOST_PIXELS:  # then only what is kept
-        across, down = picture.width / width, picture.height / height
-        kept = (left * across, top * down, (left + size) * across, (top + size) * down)
-        return picture.resize((size, size), resample, box=kept)
-    return picture.resize((width, height), resample).crop((left, top, left + size, top + size))
+    def _middle(
+        self, picture: Image.Image, width: int, height: int, resample: Image.Resampling
+    ) -> Image.Image:
+        """The middle of a picture that was resized to width x height."""
+        size = self.size
+        rest = (width - size, height - size)
+        left, top = (r // 2 if self.half_pixel == "down" else round(r / 2) for r in rest)
+        if width * height > MOST_PIXELS:  # then only what is kept
+            across, down = picture.width / width, picture.height / height
+            kept = (left * across, top * down, (left + size) * across, (top + size) * down)
+            return picture.resize((size, size), resample, box=kept)
+        return picture.resize((width, height), resample).crop((left, top, left + size, top + size))
 
 
 def is_there(picture: Picture) -> bool:

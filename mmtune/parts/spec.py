@@ -25,6 +25,7 @@ TOWERS = Table(
         "dinov2": "mmtune.parts.vision.dinov2:Dinov2Tower",
         "dinov3": "mmtune.parts.vision.dinov3:Dinov3Tower",
         "open_clip": "mmtune.parts.vision.open_clip:OpenClipTower",
+        "timm": "mmtune.parts.vision.timm:TimmTower",
     },
     contract="mmtune.parts.vision.base:VisionTower",
     group="mmtune.towers",
@@ -74,8 +75,8 @@ class VisionOptions:
     def check(self, fault: Report) -> None:
         if self.tower not in TOWERS:
             fault("tower", f"unknown vision tower '{self.tower}'", TOWERS.nearest(self.tower))
-        if self.tower == "open_clip" and find_spec("open_clip") is None:
-            fault("tower", "open_clip is not installed", "pip install 'mmtune[open_clip]'")
+        if self.tower in ("open_clip", "timm") and find_spec(self.tower) is None:
+            fault("tower", f"{self.tower} is not installed", f"pip install 'mmtune[{self.tower}]'")
         if self.layer >= 0:
             fault("layer", f"expected a negative number, found {self.layer}", "-2 is LLaVA-1.5's choice.")
         if self.image_size is not None and self.image_size < 1:

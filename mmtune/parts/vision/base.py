@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from mmtune.core.errors import UserError
-from mmtune.data.image import Fit, ImageTransform, Resample
+from mmtune.data.image import Fit, HalfPixel, ImageTransform, Resample
 from mmtune.parts.loading import recompute_activations, split_layers
 
 
@@ -23,9 +24,10 @@ class VisionTower(nn.Module):
     A feature is what a block gives, with no final norm; layers above the one that is used are neither loaded
     nor run.
 
-    What it says of its own transform: `mean`, `std` and `resample` hold for every picture; `own_fit` and
-    `crop_pct` where a run says `fit: own`. crop_pct is the tower's side over the length that a picture is
-    resized to before its middle is cut. own_fit is None where a picture is not made a square at all.
+    What it says of its own transform: `mean`, `std` and `resample` hold for every picture; `own_fit`,
+    `crop_pct` and `half_pixel` where a run says `fit: own`. crop_pct is the tower's side over the length that
+    a picture is resized to before its middle is cut. own_fit is None where a picture is not made a square at
+    all.
 
     A tower of transformers holds its model as `hf`; `layers`, `checkpoint_activations` and `attend_by` are
     for those.
@@ -44,6 +46,7 @@ class VisionTower(nn.Module):
     resample: Resample = "bicubic"
     own_fit: Literal["crop", "squash"] | None = "crop"
     crop_pct: float = 1.0
+    half_pixel: HalfPixel = "down"
     unused: tuple[str, ...] = ()
     config_file: str = "config.json"
 
@@ -80,8 +83,8 @@ class VisionTower(nn.Module):
                 where="model.vision.fit",
                 mend="Choose pad, crop or squash.",
             )
-        crop_pct = self.crop_pct if fit == "own" else 1.0
-        return ImageTransform(self.image_size, self.mean, self.std, chosen, self.resample, crop_pct)
+        made = ImageTransform(self.image_size, self.mean, self.std, chosen, self.resample)
+        return replace(made, crop_pct=self.crop_pct, half_pixel=self.half_pixel) if fit == "own" else made
 
     def layers(self) -> list[nn.Module]:
         """The blocks: what an engine that splits weights gathers at a time."""

@@ -63,6 +63,7 @@ class OpenClipTower(VisionTower):
     has_cls = True
     prefix = 1
     config_file = CONFIG
+    half_pixel = "even"
 
     def __init__(self, vision_cfg: CLIPVisionCfg, quick_gelu: bool, preprocess: dict[str, Any]) -> None:
         super().__init__()

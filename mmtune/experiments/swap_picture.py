@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from mmtune.core.files import replacing
 from mmtune.evaluation.forgetting import short_names
@@ -30,8 +30,7 @@ def draw_swap(report: Mapping[str, Any], path: Path) -> None:
     made = report["made_with"]
     towers = list(dict.fromkeys(row["tower"] for row in report["rows"]))
     starts = list(dict.fromkeys(row["start"] for row in report["rows"]))
-    sets = [task for task in (*made["source"], *made["target"])]
-    panels = ["source", "target", *sets]
+    panels = ["source", "target", *made["source"], *made["target"]]
     curved = [tower for tower in towers if any(_curves(report, tower).values())]
     score_rows, curve_rows = (math.ceil(len(each) / ACROSS) for each in (panels, curved))
     one = ROW * max(3, len(towers)) + 0.75
@@ -68,6 +67,7 @@ def _draw_scores(
     rows = math.ceil(len(panels) / ACROSS)
     grid = part.subplots(rows, ACROSS, sharey=True, squeeze=False)
     shift = {start: (i - (len(starts) - 1) / 2) * 0.32 for i, start in enumerate(starts)}
+    alone = [tower for tower in towers if sum(row["tower"] == tower for row in report["rows"]) == 1]
     for place, axes in enumerate(grid.flat):
         if place >= len(panels):
             axes.set_axis_off()
@@ -80,7 +80,8 @@ def _draw_scores(
         if report["base"]:
             axes.axvline(_cell(report["base"], which)["mean"], color=INK, lw=1, ls=(0, (3, 2)), zorder=1)
         for row in report["rows"]:
-            cell, y = _cell(row, which), towers.index(row["tower"]) + shift[row["start"]]
+            cell, y = _cell(row, which), float(towers.index(row["tower"]))
+            y += 0 if row["tower"] in alone else shift[row["start"]]
             colour, marker = STARTS[row["start"]]
             if cell["ci95"]:
                 axes.plot(cell["ci95"], [y, y], color=colour, lw=1.6, solid_capstyle="butt", zorder=2)
@@ -88,7 +89,7 @@ def _draw_scores(
         axes.set_ylim(len(towers) - 0.4, -0.6)
         axes.set_yticks(range(len(towers)), towers, fontsize=8.5)
         axes.grid(axis="x", color="#e4e4e4", lw=0.6, zorder=0)
-    said = [f"{start}" for start in starts]
+    said: list[str] = list(starts)
     handles = [Line2D([], [], color=STARTS[s][0], marker=STARTS[s][1], ms=4.5, lw=1.6) for s in starts]
     if report["base"]:
         handles.append(Line2D([], [], color=INK, lw=1, ls=(0, (3, 2))))
@@ -102,14 +103,17 @@ def _draw_curves(part: SubFigure, report: Mapping[str, Any], towers: Sequence[st
     )
     rows = math.ceil(len(towers) / ACROSS)
     grid = part.subplots(rows, ACROSS, sharex=True, sharey=True, squeeze=False)
+    losses = [loss for row in report["rows"] for curve in row["curves"] for _, loss in curve]
+    locator = LogLocator(subs=(1, 2, 5)) if max(losses) > 4 * min(losses) else MaxNLocator(4)
     for place, axes in enumerate(grid.flat):
         if place >= len(towers):
             axes.set_axis_off()
             continue
         _plain(axes)
         axes.set_title(towers[place], loc="left", fontsize=9, color=INK)
+        axes.tick_params(labelbottom=place + ACROSS >= len(towers))
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(locator)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_locator(NullLocator())
         axes.grid(color="#e4e4e4", lw=0.6, which="major")

@@ -297,18 +297,17 @@ def is_beyond(cell: Mapping[str, Any]) -> bool:
 def words(report: Mapping[str, Any]) -> list[str]:
     """What the table shows, in sentences."""
     found = []
-    for which in ("target", "source"):
-        rows = report["compared"].get("control", [])
-        for heading, wanted in ((f"Other than {report['control']} on the {which}", True), ("Not", False)):
-            named = [f"{row['a']} ({_signed(row[which])})" for row in rows if is_beyond(row[which]) is wanted]
-            if named or (rows and wanted):
-                found.append(f"{heading}: {', '.join(named) or 'none'}.")
+    rows = report["compared"].get("control", [])
+    for which in ("source", "target") if rows else ():
+        for how, wanted in (("beyond chance", True), ("within it", False)):
+            named = [f"{row['a']} {_signed(row[which])}" for row in rows if is_beyond(row[which]) is wanted]
+            found.append(
+                f"{which.capitalize()} less {report['control']}'s, {how}: {'; '.join(named) or 'none'}."
+            )
     for row in report["compared"].get("starts", []):
         tower = next(r["tower"] for r in report["rows"] if r["label"] == row["a"])
-        found.append(
-            f"{tower}, fitted against scratch: source {_signed(row['source'])}, "
-            f"target {_signed(row['target'])}." + _steps(report["saved"].get(tower, []))
-        )
+        less = ", ".join(f"{which} {_signed(row[which])}" for which in ("source", "target"))
+        found.append(f"{tower}, fitted less scratch: {less}.{_steps(report['saved'].get(tower, []))}")
     return found
 
 

@@ -103,8 +103,8 @@ def _draw_curves(part: SubFigure, report: Mapping[str, Any], towers: Sequence[st
     )
     rows = math.ceil(len(towers) / ACROSS)
     grid = part.subplots(rows, ACROSS, sharex=True, sharey=True, squeeze=False)
-    losses = [loss for row in report["rows"] for curve in row["curves"] for _, loss in curve]
-    locator = LogLocator(subs=(1, 2, 5)) if max(losses) > 4 * min(losses) else MaxNLocator(4)
+    every = [loss for row in report["rows"] for curve in row["curves"] for _, loss in curve]
+    locator = LogLocator(subs=(1, 2, 5)) if max(every) > 4 * min(every) else MaxNLocator(4)
     for place, axes in enumerate(grid.flat):
         if place >= len(towers):
             axes.set_axis_off()

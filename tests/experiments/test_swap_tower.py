@@ -83,7 +83,8 @@ def done(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict
         patch.setattr("mmtune.evaluation.generate.answer_in_batches", answers)
         patch.setattr("mmtune.experiments.estimate._tried", lambda run: None)
         path = swap_file(place)
-        whole, begun = runs._run_one, []
+        whole = runs._run_one
+        begun: list[str] = []
 
         def killed(run: Any, *rest: Any) -> None:
             if len(begun) == 2:

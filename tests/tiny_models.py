@@ -60,14 +60,35 @@ _DECODER: dict[str, Any] = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
-_GQA = {"num_key_value_heads"}
+_MHA: dict[str, Any] = {key: value for key, value in _DECODER.items() if key != "num_key_value_heads"}
+_TIED: dict[str, Any] = {**_DECODER, "tie_word_embeddings": True}
+# Two layers of different kinds, and a window that rows of a few tokens fall out of.
+_WINDOW: dict[str, Any] = {
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "head_dim": 8,
+}
+# By model_type, each with what is particular about it.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _DECODER,
-    "qwen2": _DECODER,
-    "gemma2": {**_DECODER, "head_dim": 8, "final_logit_softcapping": 2.0, "sliding_window": 64},
-    "cohere": {**_DECODER, "logit_scale": 0.25},
+    "mistral": {**_DECODER, "sliding_window": 6},
+    "qwen2": _TIED,
+    "qwen3": {**_DECODER, "head_dim": 8},
+    "phi": {**_MHA, "partial_rotary_factor": 0.5},
+    "phi3": _DECODER,
+    "gemma": {**_TIED, "head_dim": 8},
+    "gemma2": {
+        **_TIED,
+        **_WINDOW,
+        "final_logit_softcapping": 2.0,
+        "attn_logit_softcapping": 1.0,
+        "query_pre_attn_scalar": 8,
+    },
+    "gemma3_text": {**_TIED, **_WINDOW, "query_pre_attn_scalar": 8},
+    "smollm3": {**_TIED, "no_rope_layers": [1, 0]},
+    "gpt_neox": {**_MHA, "rotary_pct": 0.25},
     "granite": {**_DECODER, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
-    "gpt_neox": {key: value for key, value in _DECODER.items() if key not in _GQA},
+    "cohere": {**_TIED, "logit_scale": 0.25},
 }
 
 
@@ -103,6 +124,7 @@ def save_language(folder: Path, family: str = "llama", seed: int = 1, **changes:
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
     language = AutoModelForCausalLM.from_config(config)
+    _spread(language, 0.05)
     language.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return str(folder)

@@ -120,6 +120,7 @@ def evaluate(
         "padding": "left",
         "decoding": {"greedy": True, "max_new_tokens": max_new_tokens or "as the protocol says"},
         "precision": dtype,
+        "attention": None,
         "seed": seed,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": versions(),
@@ -160,11 +161,13 @@ def evaluate(
                 what = (each.protocol, each.questions, each.images)
                 batches = answer_in_batches(model, *what, batch_size, max_new_tokens, kept[task].done, name)
                 with kept[task]:
+                    kept[task].note({"attention": model.attention})
                     for rows in batches:
                         kept[task].add(rows)
             processes.wait()
             if first:
                 said = kept[task].read()
+                made |= kept[task].made
                 _check_all_said(each, said, output)
                 if measured and model is not None:
                     made.setdefault("changed_alone", {})[task] = _changed(

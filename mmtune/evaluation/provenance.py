@@ -16,6 +16,7 @@ EVALUATED = {
     "Batch size": "batch_size",
     "Answers the batch changed": "batch_changed",
     "Padding": "padding",
+    "Attention": "attention",
     "Versions": "versions",
     "Model": "model_hash",
     "Evaluated by commit": "commit",
@@ -29,7 +30,7 @@ def made_by(folder: Path) -> dict[str, Any]:
     results = read_json(folder / "results.json")
     return {
         **{key: results.get(key) for key in ("model", "model_hash", "date")},
-        **{key: results.get(key) for key in ("precision", "batch_size", "padding")},
+        **{key: results.get(key) for key in ("precision", "batch_size", "padding", "attention")},
         "batch_changed": _batch_changed(results),
         "versions": results.get("environment", results.get("versions")),
         "commit": results.get("git_hash"),

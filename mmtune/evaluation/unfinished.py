@@ -22,7 +22,7 @@ class Unfinished:
     """The unfinished answers of `task` in `folder`, and where this process adds to them (as a context).
 
     header: all that decides the answers, ready for JSON. A file with another header is not read.
-    done: question id -> row, as they were found when this was made.
+    done: question id -> row, as they were found when this was made. made: what was noted beside them.
     """
 
     def __init__(self, folder: Path, task: str, header: dict[str, Any]) -> None:
@@ -31,6 +31,7 @@ class Unfinished:
         self.header = json.loads(json.dumps(header))
         self.path = folder / f"answers_{task}.{processes.rank()}.partial.jsonl"
         self.file: IO[bytes] | None = None
+        self.made: dict[str, Any] = {}
         self.done = self.read()
         if processes.rank() == 0:
             self._say()
@@ -42,10 +43,17 @@ class Unfinished:
             header, *rows = _lines(path)
             if header == self.header:
                 found.update((row["question_id"], row) for row in rows if "question_id" in row)
+                self.made |= {key: row["made"][key] for row in rows if "made" in row for key in row["made"]}
         return found
 
+    def note(self, made: dict[str, Any]) -> None:
+        """Keeps how the answers that follow are made, which a loaded model alone tells."""
+        self.add([{"made": made}])
+
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Appends rows, which hold a `question_id` each. Raises UserError where they cannot be written."""
+        """Appends rows; those of answers hold a `question_id`. Raises UserError where they cannot be
+        written.
+        """
         assert self.file is not None
         with writing(self.path):
             self.file.write(b"".join(_line(row) for row in rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import shutil
 from collections.abc import Mapping
@@ -41,16 +42,13 @@ class LanguageModel(nn.Module):
 
     def __init__(self, hf: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
+        _check_class(hf)
         self.hf = hf
         self.tokenizer = tokenizer
         self.width = hf.get_input_embeddings().embedding_dim
-        if tokenizer is not None and len(tokenizer) > hf.get_input_embeddings().num_embeddings:
-            raise UserError(
-                f"the tokenizer has {len(tokenizer)} tokens, the model only "
-                f"{hf.get_input_embeddings().num_embeddings} embeddings",
-                where=tokenizer.name_or_path,
-                mend="Tokenizer and language model don't belong together: name the model's own.",
-            )
+        self.takes_positions = "position_ids" in inspect.signature(hf.base_model.forward).parameters
+        if tokenizer is not None:
+            _check_vocabulary(tokenizer, hf.get_input_embeddings().num_embeddings)
 
     @classmethod
     def load(
@@ -61,7 +59,14 @@ class LanguageModel(nn.Module):
         quantize: nf4 or int8, for the linear layers but the head. Raises UserError.
         """
         tokens = load_tokenizer(tokenizer or weights)
-        if getattr(load_config(weights), "quantization_config", None):
+        config = load_config(weights)
+        if config.get_text_config() is not config:
+            raise UserError(
+                f"a {config.model_type} is a language model with a tower of its own around it",
+                where=weights,
+                mend="Name one for text alone, whose config.json has no text_config.",
+            )
+        if getattr(config, "quantization_config", None):
             raise UserError(
                 "its weights are stored quantised",
                 where=weights,
@@ -90,7 +95,8 @@ class LanguageModel(nn.Module):
                 mend="Name a family as its config.json does, for example llama or qwen2.",
             )
         special = {name: getattr(tokens, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        made = new_config(CONFIG_MAPPING[model_type], fields, where, vocab_size=len(tokens), **special)
+        vocabulary = max(tokens.get_vocab().values()) + 1  # more than len(tokens) where ids are left out
+        made = new_config(CONFIG_MAPPING[model_type], fields, where, vocab_size=vocabulary, **special)
         with refusals(where):
             hf = AutoModelForCausalLM.from_config(made)
         return cls(hf, tokens)
@@ -122,8 +128,16 @@ class LanguageModel(nn.Module):
         recompute_activations(self.hf, on)
 
     def attend_by(self, implementation: str) -> None:
-        """Chooses how attention is computed: `sdpa` or `eager`."""
+        """Chooses how attention is computed, by transformers' name for it. Raises UserError where the family
+        does not let itself be told.
+        """
         self.hf.set_attn_implementation(implementation)
+        if (found := self.hf.config._attn_implementation) != implementation:
+            raise UserError(
+                f"a {self.hf.config.model_type} computes attention by {found} and cannot be told otherwise",
+                where="model.attention",
+                mend="Say auto.",
+            )
 
     @property
     def pad_id(self) -> int:
@@ -141,10 +155,15 @@ class LanguageModel(nn.Module):
         return self.hf.get_input_embeddings()(ids)
 
     def hidden(self, embeddings: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """The last hidden states [B, T, width], normalised, before the head."""
+        """The last hidden states [B, T, width], normalised, before the head. Padding, on either side, changes
+        those of no other position.
+        """
+        positions = {}
+        if self.takes_positions:  # counted from a row's first token, or a GPT-2 would count padding along
+            positions["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         # use_cache=False: a cache would be kept for the backward pass and defeats checkpointing.
         return self.hf.base_model(
-            inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False
+            inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False, **positions
         ).last_hidden_state
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -179,6 +198,39 @@ def load_tokenizer(where: str, config: PretrainedConfig | None = None) -> PreTra
         raise UserError(
             f"no tokenizer can be loaded: {said}", where=where, mend="Name a folder or model that has one."
         ) from None
+
+
+def _check_class(hf: Any) -> None:
+    """Raises UserError for a family whose class in transformers lacks what mmtune needs of one."""
+    what = ""
+    if hf.base_model is hf:
+        what = "its class has no body apart from its head"
+    elif "inputs_embeds" not in inspect.signature(hf.prepare_inputs_for_generation).parameters:
+        what = "it answers to token ids alone, and a picture is none"
+    if what:
+        kind = hf.config.model_type
+        mend = "docs/add-a-language-model.md lists families that work."
+        raise UserError(f"a {kind} cannot be used: {what}", where="model.language", mend=mend)
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= embeddings}
+    if not beyond:
+        return
+    tokens = sorted(beyond, key=lambda token: beyond[token])
+    named = ", ".join(tokens[:4]) + (" ..." if len(tokens) > 4 else "")
+    mend = "Tokenizer and language model don't belong together: name the model's own."
+    if beyond.keys() <= {token.content for token in tokenizer.added_tokens_decoder.values()}:
+        mend = (
+            "They were added to it afterwards. mmtune needs no token for a picture: name a tokenizer without "
+            "them, or a model whose embeddings were resized to it."
+        )
+    raise UserError(
+        f"the tokenizer has {len(tokenizer)} tokens, the model only {embeddings} embeddings; without one are "
+        f"{named}",
+        where=tokenizer.name_or_path,
+        mend=mend,
+    )
 
 
 def _installed(package: str) -> bool:

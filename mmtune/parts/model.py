@@ -22,6 +22,7 @@ from mmtune.core.files import read_json, shipped, write_json
 from mmtune.core.table import refuse_unasked
 from mmtune.data.batches import Batch
 from mmtune.data.chat import IGNORE, IMAGE_ID, Chat, Turn
+from mmtune.parts.attention import IMPLEMENTATIONS, attention_for
 from mmtune.parts.connector.base import Connector, new_connector
 from mmtune.parts.fingerprint import not_ours, quantized_config
 from mmtune.parts.language import LanguageModel
@@ -49,6 +50,7 @@ class VisionLanguageModel(nn.Module):
 
     options: what each part is and where its weights came from; a part's `weights` is None once the part
     was trained, and is then saved with the model. adapters: the peft model of each part that has one.
+    attention: how tower and language model compute it, `flash`, `sdpa` or `eager`.
     chat: not there in an outline made from configs alone (parts/outline.py), which has no tokenizer.
     every_part: whether every forward pass goes through every part, as processes that gather each other's
     weights have to.
@@ -71,6 +73,7 @@ class VisionLanguageModel(nn.Module):
         self.language = language
         self.options = options
         self.adapters: dict[str, PeftModel] = {}
+        self.attention: dict[str, str] = {}
         self.every_part = False
         self.image_tokens = connector.tokens(vision.tokens)
         self.transform = vision.transform(options.vision.fit)
@@ -85,6 +88,15 @@ class VisionLanguageModel(nn.Module):
         """The module whose names a part's adapter uses: the transformers model itself, or the part."""
         part = self.part(name)
         return getattr(part, "hf", part)
+
+    def attend_by(self, wanted: str, dtypes: Mapping[str, torch.dtype]) -> None:
+        """Chooses how tower and language model compute attention. wanted: as `model.attention` in a YAML has
+        it. dtypes: what each part is held in. Raises UserError where what is wanted cannot be had.
+        """
+        for name in ("vision", "language"):
+            part: Any = self.part(name)
+            self.attention[name] = attention_for(part, wanted, dtypes[name])
+            part.attend_by(IMPLEMENTATIONS[self.attention[name]])
 
     def splice(self, batch: Batch) -> torch.Tensor:
         """Embeddings [B, T, width] with the pictures' features in the places of IMAGE_ID.
@@ -296,8 +308,6 @@ def assemble(options: ModelOptions, exact: Collection[str] = ()) -> VisionLangua
     vision = load_vision(options.vision, dtypes["vision"])
     held = replace(options.language, quantize=quantization(options))
     language = _language(held, dtypes["language"])
-    vision.attend_by(options.attention)
-    language.attend_by(options.attention)
     connector = new_connector(options.connector, vision.width, language.width)
     connector.to(dtypes["connector"])
     if options.connector.weights is not None:
@@ -308,7 +318,9 @@ def assemble(options: ModelOptions, exact: Collection[str] = ()) -> VisionLangua
     made = ModelOptions(
         None, vision_options, connector_options, language_options, options.dtype, options.attention
     )
-    return VisionLanguageModel(vision, connector, language, made)
+    model = VisionLanguageModel(vision, connector, language, made)
+    model.attend_by(options.attention, dtypes)
+    return model
 
 
 def load_part(
@@ -327,7 +339,7 @@ def load_part(
         part.load(Path(options.weights))
     else:
         part = (load_vision if name == "vision" else _language)(options, torch_dtype(dtype))
-        part.attend_by(like.options.attention)
+        part.attend_by(IMPLEMENTATIONS[like.attention[name]])
     if merge and getattr(options, "quantize", None):
         part.dequantize()
     if adapter := _adapters(folder).get(name):

@@ -64,8 +64,9 @@ def outline_of_configs(options: ModelOptions) -> VisionLanguageModel:
         tokens = _language(language)
         joined = new_connector(connector, tower.width, tokens.width)
         model = VisionLanguageModel(tower, joined, tokens, described)
-        tower.attend_by(options.attention)
-        tokens.attend_by(options.attention)
+        # Flash attention, if that is asked for, is a matter of the machine that trains.
+        wanted = "auto" if options.attention == "flash" else options.attention
+        model.attend_by(wanted, dict.fromkeys(PARTS, torch_dtype(options.dtype)))
     return _cast(model, options.dtype)
 
 

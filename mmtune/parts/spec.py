@@ -129,8 +129,9 @@ class ModelOptions:
     """A model folder as `base`, or the three parts; a part given beside `base` takes its place.
 
     quantize: the language model's linear layers but the head are held in 4 bits (nf4) or 8 (int8); `weights`
-    are quantised as they are loaded. attention: transformers' implementation. On a CPU in bfloat16 the
-    backward pass of sdpa is slow: a training step of the tiny model takes 0.34 s with it, 0.18 s with eager.
+    are quantised as they are loaded. attention: how tower and language model compute it; auto takes for each
+    the first of flash, sdpa and eager that is there (parts/attention.py). On a CPU in bfloat16 the backward
+    pass of sdpa is slow: a training step of the tiny model takes 0.34 s with it, 0.18 s with eager.
     """
 
     base: str | None = None
@@ -138,7 +139,7 @@ class ModelOptions:
     connector: ConnectorOptions | None = None
     language: LanguageOptions | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Literal["sdpa", "eager"] = "sdpa"
+    attention: Literal["auto", "flash", "sdpa", "eager"] = "auto"
     quantize: Quantization | None = None
 
     def check(self, fault: Report) -> None:

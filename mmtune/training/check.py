@@ -26,6 +26,8 @@ from mmtune.data.chat import FORMATS, IGNORE, IMAGE, IMAGE_ID, Chat
 from mmtune.data.image import Picture, is_there, load_image
 from mmtune.data.samples import MOST_FAULTS, Sample
 from mmtune.evaluation.protocol import load_protocol, load_suite
+from mmtune.parts.attention import attention_for, say_attention
+from mmtune.parts.loading import torch_dtype
 from mmtune.parts.model import VisionLanguageModel
 from mmtune.parts.outline import count, outline_of, outline_of_configs, unused_layers
 from mmtune.parts.spec import PARTS, ModelOptions
@@ -96,6 +98,7 @@ class StageFound:
     models_chat: str = ""
     image_tokens: int = 0
     sizes: dict[str, int] = field(default_factory=dict)
+    attention: dict[str, str] = field(default_factory=dict)
     memory: Estimate | None = None
 
 
@@ -175,6 +178,11 @@ def check_stage(
                 found.rows += rows or []
                 if rows is not None:
                     attached.append(tuner)
+        if options and pictures is not None:
+            for part in model.attention:  # what trains itself is held in fp32, which the outline is not
+                dtype = torch.float32 if tuners[part].exact else torch_dtype(options.model.dtype)
+                chosen = faults.gather(key, attention_for, model.part(part), options.model.attention, dtype)
+                found.attention[part] = chosen or ""
 
     settings = stage.train
     if pictures is not None:
@@ -364,6 +372,8 @@ def _print_stage(
         console.print(f"chat format: {found.chat.format}{own}")
     if found.sizes:
         console.print(_sizes(found), soft_wrap=True)
+    if found.attention:
+        console.print(f"{say_attention(found.attention)}, on this machine", soft_wrap=True)
     if found.examples and found.steps:
         _print_data(found, train, samples, console)
     if found.memory:

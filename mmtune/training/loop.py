@@ -19,9 +19,11 @@ from mmtune.core.processes import said_once, tell, wait
 from mmtune.core.versions import commit, versions
 from mmtune.data.batches import Batch, Example, collate, collate_or_error
 from mmtune.evaluation.restore import QUANTIZED_BASE
+from mmtune.parts.attention import say_attention
 from mmtune.parts.fingerprint import start_hash
 from mmtune.parts.loading import torch_dtype
 from mmtune.parts.model import VisionLanguageModel, assemble, write_quantized
+from mmtune.parts.proof import require_plain
 from mmtune.parts.spec import PARTS, ModelOptions
 from mmtune.run import RunOptions, Stage, config_hash, data_hash
 from mmtune.training.checkpoint import (
@@ -112,7 +114,9 @@ def _train_stage(
     exact = [part for part, tuner in tuners.items() if tuner.exact]
     # Moved before anything is attached: what a tuner keeps beside the weights lies where they lie.
     model = assemble(base, exact).to(engine.device)
+    require_plain(model.language)
     rates = _attach(model, tuners, folder, number, engine.rank == 0)
+    tell(say_attention(model.attention))
     teacher = Teacher(model) if stage.kl or settings.probe else None
     if settings.activation_checkpointing:
         model.vision.checkpoint_activations()
@@ -141,6 +145,7 @@ def _train_stage(
         "config": config_hash(options),
         "data": data_hash(stage.all_data),
         "base": start_hash(options.model),
+        "attention": model.attention,
         "versions": versions(),
         "commit": commit(),
     }

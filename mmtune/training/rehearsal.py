@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmtune.data.batches import Batch
 from mmtune.data.chat import IGNORE, IMAGE_ID
+from mmtune.parts.attention import IMPLEMENTATIONS, attention_for
 from mmtune.parts.model import VisionLanguageModel
 from mmtune.tuning.kl import kl_divergence
 
@@ -100,6 +101,7 @@ def _rehearse(
     step.live = live = _Live([*tensors.values(), *(t.grad for t in tensors.values() if t.grad is not None)])
     with ExitStack() as stack:
         stack.enter_context(_training(model, checkpointing))
+        stack.enter_context(_without_flash(model))
         stack.enter_context(live)
         if gpu:
             stack.enter_context(patch.object(nn.functional, "dropout", _dropout))
@@ -214,6 +216,19 @@ def _first_layers(model: VisionLanguageModel, count: int) -> Iterator[None]:
         yield
     finally:
         base.layers = layers
+
+
+@contextmanager
+def _without_flash(model: VisionLanguageModel) -> Iterator[None]:
+    """Its kernels take no fake tensors; sdpa keeps as much."""
+    flash: list[Any] = [model.part(name) for name, its in model.attention.items() if its == "flash"]
+    try:
+        for part in flash:
+            part.attend_by(IMPLEMENTATIONS[attention_for(part, "auto", torch.float32)])
+        yield
+    finally:
+        for part in flash:
+            part.attend_by(IMPLEMENTATIONS["flash"])
 
 
 @contextmanager

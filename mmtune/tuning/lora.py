@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -173,5 +174,16 @@ def find_targets(core: nn.Module, wanted: str | list[str], where: str) -> list[s
         raise UserError("this part has no linear layer to adapt", where=where)
     if isinstance(wanted, str):
         head = getattr(core, "get_output_embeddings", lambda: None)()
-        return [name for name in linear if core.get_submodule(name) is not head]
+        inner = [name for name in linear if core.get_submodule(name) is not head]
+        if not inner:
+            raise UserError("this part has no linear layer to adapt but its head", where=where)
+        stacks = [name for name, p in core.named_parameters() if p.ndim == 3 and min(p.shape) > 1]
+        if stacks:
+            raise UserError(
+                f"{len(stacks)} weights are stacks of matrices, such as {stacks[0]}, and no linear layers: "
+                "all-linear would leave them out",
+                where=where,
+                mend=f"Name the targets you mean, for example {re.sub(r'[.][0-9]+[.]', '.*.', inner[0])}.",
+            )
+        return inner
     return matching(linear, wanted, "linear layer of this part", where)

@@ -94,7 +94,7 @@ def test_broken_jsonl(tmp_path: Path, content: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b"{}"), "gunzip"),
+        (gzip.compress(b"{}", mtime=0), "gunzip"),
         ('{"a": 1}'.encode("utf-16"), "iconv -f UTF-16"),
         (b'"\xe9"', "latin1"),
     ],

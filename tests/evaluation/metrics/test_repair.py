@@ -92,16 +92,20 @@ WRONG: list[tuple[Question, Rule, str]] = [
 ]
 
 
+def _name(value: object) -> str:
+    return str(getattr(value, "__name__", repr(value)[:40]))  # the same in every process, unlike an address
+
+
 def reader(question: Question) -> Reader:
     return Reader(CLOSED if question is RED else [question])
 
 
-@pytest.mark.parametrize(("question", "rule", "reply"), RIGHT, ids=lambda value: repr(value)[:40])
+@pytest.mark.parametrize(("question", "rule", "reply"), RIGHT, ids=_name)
 def test_the_same_answer_in_another_form(question: Question, rule: Rule, reply: str) -> None:
     assert reader(question).score(question, reply, rule, 0.0) > 0
 
 
-@pytest.mark.parametrize(("question", "rule", "reply"), WRONG, ids=lambda value: repr(value)[:40])
+@pytest.mark.parametrize(("question", "rule", "reply"), WRONG, ids=_name)
 def test_another_answer_is_left_alone(question: Question, rule: Rule, reply: str) -> None:
     assert rule(question, reply) == 0
     assert reader(question).score(question, reply, rule, 0.0) == 0

@@ -284,7 +284,8 @@ def swap_tower_command(options: argparse.Namespace) -> None:
     from mmtune.training.signals import Signals
 
     if options.plan:
-        for words in commands(options.yaml, *plan_swap(options.yaml, options.overrides)):
+        planned = plan_swap(options.yaml, options.overrides)
+        for words in commands(options.yaml, options.overrides, *planned):
             print(_command(*words))
     elif options.report:
         print_swap(report_swap(options.yaml, options.overrides), _console())

@@ -80,6 +80,11 @@ class SwapOptions:
             fault("model", "'vision' is what is swapped", "Name it under towers.")
         if "connector" in self.model:
             fault("model", "the connector stands beside the model here", "Write connector: at the top.")
+        given: dict[str, Any] = {"connector": self.connector}
+        given |= {f"towers.{name}.connector": its.get("connector") for name, its in self.towers.items()}
+        for key, connector in given.items():
+            if isinstance(connector, dict) and "weights" in connector:
+                fault(key, "a connector starts anew here, or is fitted", "Leave its weights out: see starts.")
         if FITTED in self.starts and not self.base:
             fault("starts", "there is no base whose image tokens a connector could be fitted to")
         if self.control is not None and self.control not in self.towers:

@@ -68,6 +68,7 @@ def print_swap(report: Mapping[str, Any], console: Console) -> None:
 
 
 HEADINGS = {
+    "base": "Against the base as it is: difference ± 95 %, questions",
     "control": "Against {control}, started alike: difference ± 95 %, questions",
     "best": "Against the best by Mean here, whose lead is flattered: difference ± 95 %, questions",
     "starts": "The fitted start against scratch: difference ± 95 %, questions",
@@ -118,6 +119,8 @@ def notes(report: Mapping[str, Any]) -> list[str]:
             "R², tokens: how much of the base's image tokens the fitted connector gives before it is "
             "trained, on pictures that it was not fitted on."
         )
+    if any(row["fit"] for row in report["rows"]) and not report["saved"]:
+        found.append("Without train.probe in the first stage nothing is known of the steps that a fit saves.")
     if any(len(row["seeds"]) == 1 for row in report["rows"]):
         found.append("Without an SD: a single seed, so how far another seed would fall from it is unknown.")
     return found
@@ -128,6 +131,13 @@ def warnings(report: Mapping[str, Any]) -> list[str]:
     found = [f"{tower} starts from scratch alone: {why}" for tower, why in report["no_fit"].items()]
     if report["missing"]:
         found.append(f"not finished, so not in here: {', '.join(report['missing'])}")
+    found += [
+        f"{name}: {n} questions have no prediction and count as wrong"
+        for name, n in report["unanswered"].items()
+    ]
+    if report["unlike"]:
+        counts = "; ".join(f"{task} {counts}" for task, counts in report["unlike"].items())
+        found.append(f"not the official data, so no score is comparable with published ones: {counts}")
     if report["made_with"]["limit"] is not None:
         found.append(f"only the first {report['made_with']['limit']} questions of each task were asked")
     return found
@@ -176,7 +186,7 @@ def write_swap_page(report: Mapping[str, Any], picture: Path, path: Path) -> Non
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"points": points, "half_width": half_width}
+    environment.filters |= {"points": points, "half_width": half_width, "p_value": p_value}
     made = report["made_with"]
     short = short_names([*made["source"], *made["target"]])
     text = environment.get_template(TEMPLATE).render(

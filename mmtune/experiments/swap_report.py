@@ -13,7 +13,7 @@ from typing import Any
 
 from mmtune.core.errors import Fault, UserError
 from mmtune.core.files import read_json, read_jsonl, write_json
-from mmtune.evaluation.differences import changes, compare_pairs
+from mmtune.evaluation.differences import compare_pairs
 from mmtune.evaluation.forgetting import (
     Answers,
     Evaluation,
@@ -72,8 +72,11 @@ def make_swap_report(options: SwapOptions, swaps: Sequence[Swap], facts: Mapping
         its = [evaluations[swap.run.name] for swap in members]
         methods[label] = {task: seed_mean([e.answers[task] for e in its], task) for task in suite.tasks}
         runs[label] = [_summary(each, suite) for each in its]
-        rows.append(_row(label, members, its, methods[label], base, suite, options, facts))
+        rows.append(_row(label, members, its, methods[label], suite, options, facts))
     pairs = _pairs(rows, options.control)
+    if base:
+        methods["base"], runs["base"] = base.answers, [_summary(base, suite)]
+        pairs = {"base": [(row["label"], "base") for row in rows], **pairs}
     compared = {
         which: compare_pairs(named, methods, runs, suite.source, suite.target)
         for which, named in pairs.items()
@@ -86,6 +89,12 @@ def make_swap_report(options: SwapOptions, swaps: Sequence[Swap], facts: Mapping
         "control": options.control,
         "saved": _saved(rows),
         "missing": missing,
+        "unanswered": {
+            name: sum(score["missing"] for score in found.scores.values())
+            for name, found in evaluations.items()
+            if any(score["missing"] for score in found.scores.values())
+        },
+        "unlike": first.unlike,
         "no_fit": {name: known["no_fit"] for name, known in facts.items() if known["no_fit"]},
         "jobs": options.jobs,
         "made_with": {
@@ -145,7 +154,6 @@ def _row(
     members: Sequence[Swap],
     its: Sequence[Evaluation],
     mean: Mapping[str, Answers],
-    base: Evaluation | None,
     suite: Suite,
     options: SwapOptions,
     facts: Mapping[str, Any],
@@ -159,7 +167,6 @@ def _row(
         "seeds": [swap.run.seed for swap in members],
         "runs": [swap.run.name for swap in members],
         **_scored(its, mean, suite),
-        "change": base and changes(base.answers, mean, suite.source, suite.target),
         "facts": facts[tower],
         "fit": _fit(options, tower) if start == FITTED else None,
         "samples_per_s": fmean(align_speed(swap.run) for swap in members),

@@ -6,8 +6,9 @@ its tokens, its parameters and the memory its stages take.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -22,11 +23,15 @@ from mmtune.experiments.estimate import expect
 from mmtune.experiments.runs import evaluate_as, run_all
 from mmtune.experiments.swap_options import FITTED, SCRATCH, Swap, SwapOptions, read_swap
 from mmtune.parts.spec import ModelOptions
+from mmtune.run import RunOptions
 from mmtune.training.folder import open_run
 from mmtune.training.signals import Signals
 
+if TYPE_CHECKING:
+    from mmtune.parts.model import VisionLanguageModel
+
 FACTS = "towers.json"
-MOST_PICTURES = 1000  # that are decoded to see whether they are whole
+PICTURES = 1000  # that are decoded to see whether they are whole
 
 
 def run_swap(
@@ -106,7 +111,7 @@ def plan_swap(path: Path, overrides: list[str] | None = None) -> tuple[SwapOptio
     return options, swaps
 
 
-def commands(path: Path, options: SwapOptions, swaps: list[Swap]) -> list[list[str]]:
+def commands(path: Path, overrides: list[str], options: SwapOptions, swaps: list[Swap]) -> list[list[str]]:
     """What `--plan` leaves to do, as command lines: the base's evaluation, each run, the report."""
     found = []
     how = options.evaluate
@@ -119,7 +124,7 @@ def commands(path: Path, options: SwapOptions, swaps: list[Swap]) -> list[list[s
         words += ["--batch_size", str(how.batch_size), "--dtype", how.dtype, "--skip_done"]
         found.append(words)
     found += [["train", str(options.folder / "plan" / f"{s.run.name}.yaml"), "--resume"] for s in swaps]
-    return [*found, ["swap-tower", str(path), "--report"]]
+    return [*found, ["swap-tower", str(path), *overrides, "--report"]]
 
 
 def say_fit(name: str, made: dict[str, Any]) -> str:
@@ -137,65 +142,75 @@ def _possible(swap: Swap, facts: dict[str, Any]) -> bool:
 
 def _from_scratch(model: ModelOptions) -> ModelOptions:
     """The same with a new connector: the fitted one may not be there yet."""
-    from dataclasses import replace
-
     assert model.connector
     return replace(model, connector=replace(model.connector, weights=None))
 
 
 def _look(options: SwapOptions, swaps: list[Swap], source: Source) -> dict[str, Any]:
     """What is known of each tower before anything trains. Raises UserError with the faults of them all."""
-    from mmtune.experiments.fit_connector import why_not
-    from mmtune.parts.outline import count, outline_of, unused_layers
-    from mmtune.training.check import Faults, Gpus, check_stage
+    from mmtune.parts.outline import outline_of
 
     base = outline_of(ModelOptions(base=options.base)) if options.base else None
     facts: dict[str, Any] = {}
     found: dict[Fault, list[str]] = {}
-    for number, name in enumerate(options.towers):
+    for name in options.towers:
         run = next(swap.run for swap in swaps if swap.tower == name)
-        model = _from_scratch(run.model)
-        faults = Faults(source, [])
-        outline = faults.gather((), outline_of, model)
-        if outline is None:
+        try:
+            # A picture is broken or whole whatever looks at it: they are decoded once.
+            facts[name], faults = _facts(
+                run, base, FITTED in options.starts, source, 0 if facts else PICTURES
+            )
+        except UserError as error:
             place = source.where(("towers", name))
-            found |= {Fault(f"{place}: {each.what}", each.where, each.mend): [] for each in faults.found}
+            found |= {Fault(f.what, f"{place}: {f.where}", f.mend): [name] for f in error.faults}
             continue
-        no_fit = None
-        if FITTED in options.starts and base is not None:
-            no_fit = why_not(base, outline)
-            if no_fit and SCRATCH not in options.starts:
-                where = source.where(("towers", name))
-                found[
-                    Fault(f"no connector can be fitted to it: {no_fit}", where, "Add scratch to starts.")
-                ] = []
-        used = count(outline.vision)
-        facts[name] = {
-            "tower": options.towers[name]["tower"],
-            "image_size": outline.vision.image_size,
-            "patch": outline.vision.patch,
-            "image_tokens": outline.image_tokens,
-            "parameters": used,
-            "whole": used + unused_layers(model, outline),
-            "connector": outline.connector.kind,
-            "connector_parameters": count(outline.connector),
-            "no_fit": no_fit,
-            "memory": [],
-        }
-        for i, stage in enumerate(run.all_stages()):
-            pictures = 0 if number or i else MOST_PICTURES
-            fresh = outline_of(model) if i else outline
-            made = check_stage(faults, ("stages", str(i)), stage, fresh, run, pictures, Gpus())
-            if made.memory:
-                passes = made.memory.passes[made.memory.checkpointing]
-                facts[name]["memory"].append(made.memory.own.total(passes))
-        for fault in faults.found:
+        if facts[name]["no_fit"] and SCRATCH not in options.starts:
+            what = f"no connector can be fitted to it: {facts[name]['no_fit']}"
+            found[Fault(what, source.where(("towers", name)), "Add scratch to starts.")] = [name]
+        for fault in faults:
             found.setdefault(fault, []).append(name)
+    everywhere = len(options.towers)
     if found:
         raise UserError.of(
-            Fault(fault.what + (f" (with {', '.join(names)})" if names else ""), fault.where, fault.mend)
-            if len(names) < len(options.towers)
-            else fault
+            fault
+            if len(names) == everywhere or "towers." in fault.where
+            else replace(fault, what=f"{fault.what} (with {', '.join(names)})")
             for fault, names in found.items()
         )
     return facts
+
+
+def _facts(
+    run: RunOptions, base: VisionLanguageModel | None, fitted: bool, source: Source, pictures: int
+) -> tuple[dict[str, Any], list[Fault]]:
+    """What is known of a tower, and what is wrong with its stages.
+
+    base: an outline, to which a connector may be `fitted`. pictures: of the data, to be decoded. Raises
+    UserError where the model cannot be put together.
+    """
+    from mmtune.experiments.fit_connector import why_not
+    from mmtune.parts.outline import count, outline_of, unused_layers
+    from mmtune.training.check import Faults, Gpus, check_stage
+
+    model = _from_scratch(run.model)
+    outline = outline_of(model)
+    used = count(outline.vision)
+    known: dict[str, Any] = {
+        "image_size": outline.vision.image_size,
+        "patch": outline.vision.patch,
+        "image_tokens": outline.image_tokens,
+        "parameters": used,
+        "whole": used + unused_layers(model, outline),
+        "connector": outline.connector.kind,
+        "connector_parameters": count(outline.connector),
+        "no_fit": why_not(base, outline) if fitted and base else None,
+        "memory": [],
+    }
+    faults = Faults(source, [])
+    for number, stage in enumerate(run.all_stages()):
+        fresh = outline_of(model) if number else outline  # its tuners stay attached
+        made = check_stage(faults, ("stages", str(number)), stage, fresh, run, pictures, Gpus())
+        if made.memory:
+            passes = made.memory.passes[made.memory.checkpointing]
+            known["memory"].append(made.memory.own.total(passes))
+    return known, faults.found

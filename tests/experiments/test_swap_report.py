@@ -69,10 +69,12 @@ def made_up(count: int, starts: tuple[str, ...] = ("scratch", "fitted"), seeds: 
 
     def against(a: str, b: str) -> dict[str, Any]:
         part = {"difference": 8.0, "ci95": [6.0, 10.0], "p_holm": 0.0004, "stderr_seeds": 1.0}
-        return {"a": a, "b": b, "source": part, "target": {**part, "p_holm": 0.2}}
+        sets = {task: {**part, "ci95_bootstrap": [5.8, 10.1]} for task in SETS}
+        return {"a": a, "b": b, "tasks": sets, "source": part, "target": {**part, "p_holm": 0.2}}
 
     labels = [row["label"] for row in rows]
     compared = {"control": [against(a, labels[-1]) for a in labels[:-1]]}
+    compared["base"] = [against(a, "base") for a in labels]
     if len(starts) > 1:
         compared["starts"] = [against(rows[1]["label"], rows[0]["label"])]
     return {
@@ -82,6 +84,8 @@ def made_up(count: int, starts: tuple[str, ...] = ("scratch", "fitted"), seeds: 
         "compared": compared,
         "control": "random",
         "saved": {},
+        "unanswered": {"random_scratch_s0": 3},
+        "unlike": {},
         "missing": ["late_scratch_s1"],
         "no_fit": {"random": "its weights are drawn anew in each run"},
         "jobs": 2,

@@ -146,6 +146,8 @@ def test_the_figures_are_those_of_the_runs(done: dict[str, Any]) -> None:
         ("same, scratch", "coarse, scratch"),
         ("same, fitted", "coarse, scratch"),
     ]
+    assert [p["b"] for p in report["compared"]["base"]] == ["base"] * 3
+    assert report["compared"]["base"][2]["tasks"]["tiny_colour"]["difference"] == -50
     against = report["compared"]["control"][0]["source"]
     assert against["difference"] == pytest.approx(same["source"]["mean"] - coarse["source"]["mean"])
     assert [(p["a"], p["b"]) for p in report["compared"]["starts"]] == [("same, fitted", "same, scratch")]
@@ -232,7 +234,8 @@ def test_all_faults_of_all_towers_come_at_once_before_anything_trains(
     said = "\n".join(str(fault) for fault in caught.value.faults)
     for words in (
         "towers.absent",
-        "towers.deep: layer -9",
+        "towers.deep: ",
+        "layer -9 of a tower with 1 layers",
         "no connector can be fitted to it: the base's tower makes 16 features of a picture, this one 4",
         "more than max_length 8",
     ):
@@ -255,6 +258,7 @@ def test_faults_of_the_swap_itself(world: Path, tmp_path: Path, monkeypatch: pyt
         ({"control": "none"}, "no tower is called 'none'"),
         ({"seeds": [1, 1]}, "one is given twice"),
         ({"towers": {}}, "empty"),
+        ({"connector": {"kind": "linear", "weights": "base/connector"}}, "starts anew here, or is fitted"),
         ({"towers": {"a/b": {}}}, "'a/b' cannot be the name of a folder"),
         ({"model": {"language": {"weights": "base/language"}}}, "there is no base whose image tokens"),
         ({"model": {"base": "base", "vision": {}}}, "'vision' is what is swapped"),

@@ -20,8 +20,8 @@ parts.vision.siglip2 parts.vision.dinov2 parts.vision.dinov3
 parts.vision.stored parts.vision.open_clip parts.vision.timm
 parts.connector.base parts.connector.linear parts.connector.mlp
 parts.connector.pixel_shuffle parts.connector.resampler
-parts.quantized parts.language parts.proof parts.attention parts.model parts.outline parts.between
-parts.adapters
+parts.quantized parts.language parts.proof parts.attention parts.shapes parts.model parts.outline
+parts.between parts.adapters
 tuning.shards tuning.fsdp_shards tuning.zero_shards tuning.base tuning.penalty_triton tuning.penalty
 tuning.segments tuning.importance tuning.joined
 tuning.frozen tuning.full tuning.lora tuning.sculpt tuning.kl

@@ -37,6 +37,11 @@ KNOWN = {
 }
 
 
+def is_known(model: str, file: str = "config.json") -> bool:
+    """Whether `config_of` finds it."""
+    return (shipped(model) / file).is_file() or (model in KNOWN and not shipped(model).is_dir())
+
+
 def config_of(model: str, file: str = "config.json") -> dict[str, Any]:
     """The config of a folder, in its `file`, or of a known model of the hub.
 

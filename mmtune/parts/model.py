@@ -27,6 +27,7 @@ from mmtune.parts.connector.base import Connector, new_connector
 from mmtune.parts.fingerprint import not_ours, quantized_config
 from mmtune.parts.language import LanguageModel
 from mmtune.parts.loading import load_adapter, torch_dtype
+from mmtune.parts.shapes import require_fit
 from mmtune.parts.spec import (
     PARTS,
     TOWERS,
@@ -285,7 +286,7 @@ def assemble(options: ModelOptions, exact: Collection[str] = ()) -> VisionLangua
     part whose adapter is merged: bf16 would round most of a small update away (62 % of one, measured), and
     one that is to be quantised is refused.
 
-    Raises UserError where parts don't fit or weights cannot be loaded.
+    Raises UserError where parts don't fit, before any weights are read, or where weights cannot be loaded.
     """
     if options.base is not None:
         base = read_options(options.base)
@@ -303,6 +304,7 @@ def assemble(options: ModelOptions, exact: Collection[str] = ()) -> VisionLangua
             model.load_adapter(name, adapters[name])
             model.merge_adapter(name)
         return model
+    require_fit(options)
     assert options.vision and options.connector and options.language
     dtypes = {part: torch.float32 if part in exact else torch_dtype(options.dtype) for part in PARTS}
     vision = load_vision(options.vision, dtypes["vision"])

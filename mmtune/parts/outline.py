@@ -6,18 +6,13 @@ config.json alone, of folders or of known models: no weights, no tokenizer, so t
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING
 
 from mmtune.core.errors import Fault, UserError
-from mmtune.parts.connector.base import new_connector
 from mmtune.parts.foreign import (
     LLAVA,
     LLAVA_HF,
@@ -27,25 +22,23 @@ from mmtune.parts.foreign import (
     unfitting_llava_hf,
 )
 from mmtune.parts.known import config_of
-from mmtune.parts.language import LanguageModel, load_tokenizer
-from mmtune.parts.loading import refusals, torch_dtype
+from mmtune.parts.loading import torch_dtype
 from mmtune.parts.model import FORMAT_VERSION, VisionLanguageModel, assemble, read_options
-from mmtune.parts.spec import (
-    PARTS,
-    TOWERS,
-    ConnectorOptions,
-    LanguageOptions,
-    ModelOptions,
-    VisionOptions,
+from mmtune.parts.shapes import (
+    fitting_connector,
+    language_of_config,
+    of_family,
+    tower_of_config,
+    without_values,
 )
-from mmtune.parts.vision.base import VisionTower
+from mmtune.parts.spec import PARTS, ConnectorOptions, LanguageOptions, ModelOptions, VisionOptions
 
 TEXT = {"model_type": "llama", "vocab_size": 32000}  # what a text_config of transformers' Llava may leave out
 
 
 def outline_of(options: ModelOptions) -> VisionLanguageModel:
     """The model of a run without its weights. Raises UserError."""
-    with _without_values():
+    with without_values():
         model = assemble(options)
     return _cast(model, options.dtype)
 
@@ -59,10 +52,10 @@ def outline_of_configs(options: ModelOptions) -> VisionLanguageModel:
     described = _described(options)
     vision, connector, language = described.vision, described.connector, described.language
     assert vision and connector and language
-    with _without_values():
-        tower = _tower(vision)
-        tokens = _language(language)
-        joined = new_connector(connector, tower.width, tokens.width)
+    with without_values():
+        tower = tower_of_config(vision)
+        tokens = language_of_config(language)
+        joined = fitting_connector(connector, tower, tokens)
         model = VisionLanguageModel(tower, joined, tokens, described)
         # Flash attention, if that is asked for, is a matter of the machine that trains.
         wanted = "auto" if options.attention == "flash" else options.attention
@@ -77,21 +70,14 @@ def unused_layers(options: ModelOptions, model: VisionLanguageModel) -> int:
     """
     vision = _described(options).vision
     assert vision
-    with _without_values():
-        whole = _tower(replace(vision, layer=-1))
+    with without_values():
+        whole = tower_of_config(replace(vision, layer=-1))
     return count(whole) - count(model.vision)
 
 
 def count(module: nn.Module) -> int:
     """How many parameters a module has."""
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-@contextmanager
-def _without_values() -> Iterator[None]:
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.filterwarnings("ignore", message=".*which is a no-op")  # values that go nowhere, as meant
-        yield
 
 
 def _cast(model: VisionLanguageModel, dtype: str) -> VisionLanguageModel:
@@ -132,7 +118,7 @@ def _base(name: str) -> ModelOptions:
 
 def _of_transformers(config: dict[str, Any], where: str) -> ModelOptions:
     _must_fit(unfitting_llava_hf(config), where)
-    vision = _of_family({"model_type": "clip_vision_model", **config["vision_config"]})
+    vision = of_family({"model_type": "clip_vision_model", **config["vision_config"]})
     count = vision.get("num_hidden_layers", CONFIG_MAPPING["clip_vision_model"]().num_hidden_layers)
     layer = layer_from_the_end(config.get("vision_feature_layer", -2), count)
     return ModelOptions(
@@ -156,29 +142,3 @@ def _of_llava(config: dict[str, Any], where: str) -> ModelOptions:
 def _must_fit(unfit: list[tuple[str, str]], where: str) -> None:
     if unfit:
         raise UserError.of(Fault(what, where, mend) for what, mend in unfit)
-
-
-def _tower(options: VisionOptions) -> VisionTower:
-    kind, fields = TOWERS.load(options.tower), options.config
-    if fields is None:
-        weights = str(options.weights)
-        fields = kind.fields(config_of(weights, kind.config_file), weights)
-    return kind.create(fields, options.layer, options.image_size)
-
-
-def _language(options: LanguageOptions) -> LanguageModel:
-    fields = config_of(str(options.weights)) if options.config is None else options.config
-    where = str(options.weights or options.tokenizer)
-    if fields.get("model_type") not in CONFIG_MAPPING:
-        raise UserError(f"transformers knows no model_type {fields.get('model_type')!r}", where=where)
-    if options.config is not None and "vocab_size" not in fields:
-        fields = {**fields, "vocab_size": len(load_tokenizer(str(options.tokenizer)))}
-    with refusals(where):
-        config = CONFIG_MAPPING[fields["model_type"]](**_of_family(fields))
-        return LanguageModel(AutoModelForCausalLM.from_config(config), None)  # type: ignore[arg-type]
-
-
-def _of_family(fields: dict[str, Any]) -> dict[str, Any]:
-    """Those that the family's config has: files bring along notes of older versions and of other models."""
-    default = CONFIG_MAPPING[fields["model_type"]]()
-    return {name: value for name, value in fields.items() if hasattr(default, name) and name != "model_type"}

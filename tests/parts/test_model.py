@@ -437,7 +437,7 @@ def test_each_part_replaced_on_its_own(model: VisionLanguageModel, tmp_path: Pat
 def test_a_tower_of_another_width(model: VisionLanguageModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     wide = VisionOptions("clip", tiny.save_tower(tmp_path / "wide", hidden_size=32))
-    with pytest.raises(UserError, match=r"vision_width is 24 in the file, but 32 in this model"):
+    with pytest.raises(UserError, match="it takes 24 and gives 32, but the tower is 32 wide"):
         assemble(ModelOptions(base=str(tmp_path / "base"), vision=wide))
     new = ConnectorOptions("mlp2x_gelu")
     fits = assemble(ModelOptions(base=str(tmp_path / "base"), vision=wide, connector=new))

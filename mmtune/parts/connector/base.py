@@ -60,18 +60,33 @@ class Connector(nn.Module):
         write_json(folder / "config.json", self.described())
         save_file(own_weights(self, tensors), folder / "model.safetensors", metadata={"format": "pt"})
 
+    def require_own(self, folder: Path) -> None:
+        """Raises UserError where the connector saved in `folder` is another than this one."""
+        config, own = saved_connector(folder), json.loads(json.dumps(self.described()))
+        differing = [
+            f"its {name} is {config.get(name)!r}, here it is {own.get(name)!r}"
+            for name in ("kind", "options")
+            if config.get(name) != own.get(name)
+        ]
+        saved = [config.get(name) for name in ("vision_width", "language_width")]
+        if saved != [self.vision_width, self.language_width]:
+            differing.append(
+                f"it takes {saved[0]} and gives {saved[1]}, but the tower is {self.vision_width} wide "
+                f"and the language model {self.language_width}"
+            )
+        if differing:
+            chosen = f"kind: {self.kind}" + (f", options: {json.dumps(self.options)}" if self.options else "")
+            raise UserError(
+                f"this connector was made for other parts: {'; '.join(differing)}",
+                where=folder / "config.json",
+                mend=f"Start a new one, under model, and train it: connector: {{{chosen}}}",
+            )
+
     def load(self, folder: Path) -> None:
         """Takes the weights of a saved connector. Raises UserError where kind, widths, options or tensors
         differ.
         """
-        config, own = saved_connector(folder), json.loads(json.dumps(self.described()))
-        for name in ("kind", "vision_width", "language_width", "options"):
-            if config.get(name) != own.get(name):
-                raise UserError(
-                    f"{name} is {config.get(name)!r} in the file, but {own.get(name)!r} in this model",
-                    where=folder / "config.json",
-                    mend="This connector was made for other parts; leave out its weights to start a new one.",
-                )
+        self.require_own(folder)
         try:
             weights = load_file(folder / "model.safetensors")
         except FileNotFoundError:

@@ -119,8 +119,11 @@ class OpenClipTower(VisionTower):
 
     @classmethod
     def fields(cls, config: dict[str, Any], where: str) -> dict[str, Any]:
-        model = config.get("model_cfg", {})
-        return {**model.get("vision_cfg", {}), "quick_gelu": model.get("quick_gelu", False)}
+        model = config.get("model_cfg")
+        if not isinstance(model, dict) or not isinstance(model.get("vision_cfg"), dict):
+            raise UserError("it holds no model_cfg with a vision_cfg", where=where, mend=_MEND)
+        kept = {name: value for name, value in model["vision_cfg"].items() if name not in _NO_EFFECT}
+        return {**kept, "quick_gelu": model.get("quick_gelu", False)}
 
     @classmethod
     def create(cls, config: dict[str, Any], layer: int, image_size: int | None = None) -> OpenClipTower:

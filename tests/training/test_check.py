@@ -274,7 +274,7 @@ def test_parts_that_do_not_fit_are_found_without_weights(world: Path, tmp_path: 
     config = base / "vision" / "config.json"
     config.write_text(config.read_text().replace('"hidden_size": 24', '"hidden_size": 48'))
     (fault,) = faults(path)
-    assert "vision_width is 24 in the file, but 48" in fault
+    assert "it takes 24 and gives 32, but the tower is 48 wide" in fault
 
 
 def test_what_the_evaluation_needs_is_looked_for(

@@ -22,7 +22,7 @@ from mmtune.experiments.fit_connector import (
 from mmtune.experiments.swap_options import FitOptions
 from mmtune.parts.connector.base import Connector
 from mmtune.parts.connector.linear import LinearConnector
-from mmtune.parts.connector.mlp import MlpConnector
+from mmtune.parts.connector.mlp import mlp
 from mmtune.parts.model import assemble
 from mmtune.parts.outline import outline_of
 from mmtune.parts.spec import ConnectorOptions, ModelOptions, VisionOptions
@@ -38,18 +38,23 @@ def pairs(count: int, tokens: int, width: int, change: torch.Tensor, seed: int =
     return list(zip(old, old @ change + 0.5, strict=True))
 
 
-@pytest.mark.parametrize("kind", [LinearConnector, MlpConnector])
-def test_a_known_map_of_the_features_gives_the_same_image_tokens(kind: type[Connector]) -> None:
+@pytest.mark.parametrize("kind", [LinearConnector, mlp(2), mlp(3)])
+def test_a_known_map_of_the_features_gives_the_same_image_tokens(
+    kind: type[Connector], tmp_path: Path
+) -> None:
+    """To features that are wider, so that their rank is deficient."""
     torch.manual_seed(0)
     old = kind(12, 20)
-    change = torch.randn(12, 12, dtype=torch.float64)
-    fitted, ridge = fit(old, iter(pairs(30, 8, 12, change)), 12)
+    change = torch.randn(12, 15, dtype=torch.float64)
+    fitted, ridge = fit(old, iter(pairs(30, 8, 12, change)), 15)
     assert ridge == 1e-10
     fresh = pairs(5, 8, 12, change)  # the same map
     for before, after in fresh:
         assert torch.allclose(fitted(after), old(before), atol=1e-5)
     assert measure(old, fitted, iter(fresh)) == pytest.approx({"preactivations": 1, "image_tokens": 1})
-    if kind is MlpConnector:  # the layers after the first are the old ones
+    fitted.float().save(tmp_path / "saved")
+    kind(15, 20).load(tmp_path / "saved")  # refused for other widths
+    if kind is not LinearConnector:  # the layers after the first are the old ones
         assert torch.equal(fitted.get_parameter("linear_2.weight"), old.get_parameter("linear_2.weight"))
 
 

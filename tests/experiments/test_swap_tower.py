@@ -152,6 +152,8 @@ def test_the_figures_are_those_of_the_runs(done: dict[str, Any]) -> None:
     assert against["difference"] == pytest.approx(same["source"]["mean"] - coarse["source"]["mean"])
     assert [(p["a"], p["b"]) for p in report["compared"]["starts"]] == [("same, fitted", "same, scratch")]
     assert set(report["saved"]) == {"same"} and len(report["saved"]["same"]) == 2
+    for saved, old, new in zip(report["saved"]["same"], same["curves"], fitted["curves"], strict=True):
+        assert (saved["last_loss"], saved["first_loss"]) == (old[-1][1], new[0][1])
 
 
 def test_the_fitted_start_is_where_it_says(done: dict[str, Any]) -> None:

@@ -128,13 +128,14 @@ FAMILIES = [
         grid=3,
     ),
     Family(
+        "siglip2",  # its positions are made fewer, not more: only then does its antialiasing show
         "siglip2",
-        "siglip2",
-        saved_hf(Siglip2VisionModel, Siglip2VisionConfig(**_COMMON, num_patches=9)),
+        saved_hf(Siglip2VisionModel, Siglip2VisionConfig(**_COMMON, num_patches=25)),
         hf_tokens(Siglip2VisionModel, "encoder.layers"),
         prefix=0,
-        own=24,
-        grid=3,
+        own=40,
+        grid=5,
+        other=24,
     ),
     Family(
         "dinov2",

@@ -62,7 +62,16 @@ def _parser() -> argparse.ArgumentParser:
     check = subcommands.add_parser(
         "check", help="find every fault of a run and its data; show what is trained on"
     )
-    check.add_argument("yaml", type=Path, help="the run's YAML")
+    check.add_argument("yaml", type=Path, nargs="?", help="the run's YAML")
+    check.add_argument(
+        "--language",
+        metavar="WEIGHTS",
+        help="instead of a run: can mmtune use this causal language model (a folder or hub name)? Loads it",
+    )
+    check.add_argument("--chat", default="template", help="the chat format it is tried with (--language)")
+    check.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="what it is held in (--language)"
+    )
     check.add_argument("overrides", nargs="*", metavar="key=value")
     check.add_argument(
         "--samples", type=_count, default=3, metavar="N", help="how many are shown (default: 3)"

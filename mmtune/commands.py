@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 
 
 def check_command(options: argparse.Namespace) -> None:
+    if (options.yaml is None) == (options.language is None):
+        raise UserError("give either a run's YAML or --language WEIGHTS", where="mmtune check")
+    if options.language:
+        from mmtune.training.check_language import check_language
+
+        check_language(options.language, options.chat, options.dtype)
+        print("no faults")
+        return
     from mmtune.training.check import Gpus, check_run
 
     gpus = Gpus(options.processes, options.gpu_memory)

@@ -51,6 +51,7 @@ training.zero_json run
 training.folder training.plan training.optim training.engine training.fsdp training.zero training.checkpoint
 training.meter training.signals
 training.probe training.loop training.rehearsal training.memory training.check
+training.check_language
 interop.lmms_eval interop.comparison interop.merged
 interop.weights interop.source interop.chat_templates interop.llava_hf
 interop.llava_forward interop.llava interop.importing

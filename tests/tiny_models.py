@@ -122,7 +122,7 @@ def save_tower(folder: Path, seed: int = 0, **changes: Any) -> str:
 def save_language(folder: Path, family: str = "llama", seed: int = 1, **changes: Any) -> str:
     """A causal language model of a family, with the tokenizer."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
+    config = AutoConfig.for_model(family, **{**FAMILIES.get(family, _DECODER), **changes})
     language = AutoModelForCausalLM.from_config(config)
     _spread(language, 0.05)
     language.save_pretrained(folder)

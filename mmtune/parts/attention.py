@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_greater_or_equal
 
 from mmtune.core.errors import UserError
@@ -25,7 +26,8 @@ def attention_for(part: nn.Module, wanted: str, dtype: torch.dtype) -> str:
     wanted: one of these, or `auto`: the first of them that is there for this part. dtype: what the part is
     held in. Raises UserError with the reason where the one that is wanted cannot be had.
     """
-    hf = getattr(part, "hf", None)
+    held = getattr(part, "hf", None)
+    hf = held if isinstance(held, PreTrainedModel) else None  # or a tower of another library
     against = {"flash": _against_flash(hf, dtype), "sdpa": _against_sdpa(hf), "eager": ""}
     if wanted == "auto":
         return next(name for name, reason in against.items() if not reason)
@@ -43,9 +45,9 @@ def say_attention(attention: Mapping[str, str]) -> str:
     return "attention: " + ", ".join(f"{part} {its}" for part, its in attention.items())
 
 
-def _against_flash(hf: object, dtype: torch.dtype) -> str:
+def _against_flash(hf: PreTrainedModel | None, dtype: torch.dtype) -> str:
     """Why it cannot be had; nothing where it can."""
-    if hf is None or not getattr(hf, "_supports_flash_attn", False):
+    if hf is None or not hf._supports_flash_attn:
         return "it has no form of it"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it is held in {str(dtype).removeprefix('torch.')}, and flash attention takes half precision"
@@ -56,9 +58,9 @@ def _against_flash(hf: object, dtype: torch.dtype) -> str:
     return ""
 
 
-def _against_sdpa(hf: object) -> str:
-    if hf is None:  # a tower that is no model of transformers knows sdpa and eager
+def _against_sdpa(hf: PreTrainedModel | None) -> str:
+    if hf is None:  # other libraries' towers know sdpa and eager
         return ""
-    if getattr(getattr(hf, "config", None), "attn_logit_softcapping", None) is not None:
+    if getattr(hf.config, "attn_logit_softcapping", None) is not None:
         return "sdpa leaves out the soft-cap of its attention (attn_logit_softcapping)"
-    return "" if getattr(hf, "_supports_sdpa", False) else "it has no form of it"
+    return "" if hf._supports_sdpa else "it has no form of it"

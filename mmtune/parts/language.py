@@ -18,7 +18,9 @@ from transformers import (
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, write_json
@@ -32,6 +34,9 @@ from mmtune.parts.loading import (
     split_layers,
 )
 from mmtune.parts.quantized import dequantize, forget_quantization, load_quantized
+
+# Tokenizers of no family, by their class in transformers 5 and before.
+PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 class LanguageModel(nn.Module):
@@ -192,6 +197,10 @@ def load_tokenizer(where: str, config: PretrainedConfig | None = None) -> PreTra
         what = f"its tokenizer is a SentencePiece model, and {' and '.join(lacking)} is not installed"
         raise UserError(what, where=where, mend="pip install 'mmtune[llava]'")
     try:
+        if get_tokenizer_config(where).get("tokenizer_class") in PLAIN:
+            # As its tokenizer.json has it. By the model_type, such as qwen2, AutoTokenizer would take a class
+            # of the family's, which may add a token.
+            return PreTrainedTokenizerFast.from_pretrained(where)
         return AutoTokenizer.from_pretrained(where, config=config)
     except Exception as error:  # a broken tokenizer.json makes tokenizers raise nothing narrower
         said = " ".join(str(error).split())[:300]

@@ -103,10 +103,14 @@ def _padding(language: LanguageModel, ids: torch.Tensor) -> tuple[torch.Tensor, 
 def _answers(language: LanguageModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """logits of an answer by the cache and of all of it at once"""
     embeddings = language.embed(ids)
-    config = GenerationConfig(max_new_tokens=ANSWER, do_sample=False, output_logits=True, eos_token_id=None)
-    config.return_dict_in_generate = True
-    mask = torch.ones_like(ids)
-    made: Any = language.hf.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=config)
+    made: Any = language.hf.generate(
+        inputs_embeds=embeddings,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=ANSWER,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
     whole = torch.cat([embeddings, language.embed(made.sequences)], dim=1)
     return torch.stack(made.logits, dim=1), _logits(language, whole)[:, TOKENS - 1 : -1]
 

@@ -99,6 +99,7 @@ def test_results_say_how_they_were_made(place: Path) -> None:
         assert made["configs"][task]["prompt"] == load_protocol(task).prompt
         assert len(made["data"][task]) == 16
     assert (made["batch_size"], made["padding"], made["precision"]) == (8, "left", "float32")
+    assert made["attention"] == {"vision": "sdpa", "language": "sdpa"}
     assert (made["model"], made["split"], made["limit"]) == ("base", "test", None)
     assert (made["model_hash"], made["seed"]) == (model_hash(Path("base")), 0)
     assert made["splits"] == dict.fromkeys(TASKS, "test")

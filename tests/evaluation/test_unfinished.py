@@ -205,3 +205,15 @@ def test_a_fault_of_one_process_ends_all(place: Path) -> None:
     assert ran.returncode != 0
     assert f"{names[-1]}.png: this picture cannot be read" in ran.stderr
     assert not (place / "out" / "results.json").exists()
+
+
+def test_how_answers_were_made_is_kept_with_them(tmp_path: Path) -> None:
+    """For whoever finds all answers here and loads no model, which alone could tell."""
+    answers = Unfinished(tmp_path, "task", {"model": "a"})
+    with answers:
+        answers.note({"attention": {"language": "eager"}})
+        answers.add([{"question_id": "1", "text": "red"}])
+    again = Unfinished(tmp_path, "task", {"model": "a"})
+    assert again.made == {"attention": {"language": "eager"}}
+    assert list(again.done) == ["1"]
+    assert Unfinished(tmp_path, "task", {"model": "b"}).made == {}

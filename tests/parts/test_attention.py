@@ -81,7 +81,9 @@ def test_flash_is_taken_where_all_is_there(llama: VisionLanguageModel, gemma2: V
     assert [attention_for(each.language, "auto", BF16) for each in (llama, gemma2)] == ["flash", "flash"]
     assert attention_for(llama.language, "auto", FP32) == "sdpa"
     assert attention_for(llama.vision, "auto", BF16) == "flash"
-    assert attention_for(torch.nn.Linear(1, 1), "auto", BF16) == "sdpa"  # a tower of another library
+    elsewhere = torch.nn.Module()  # a tower of another library
+    elsewhere.hf = torch.nn.Linear(1, 1)
+    assert attention_for(elsewhere, "auto", BF16) == "sdpa"
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,13 @@ def test_a_tokenizer_from_elsewhere(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tokenizer_stays_what_it_is_whatever_the_family(tmp_path: Path, family: str) -> None:
+    """By its model_type a qwen2 would be given Qwen2's class, and with it one token more."""
+    found = load_tokenizer(save_language(tmp_path, family))
+    assert found.backend_tokenizer.to_str() == tokenizer().backend_tokenizer.to_str()
+
+
 def test_folders_that_hold_no_language_model(tmp_path: Path) -> None:
     save_tower(tmp_path / "tower")
     tokenizer().save_pretrained(tmp_path / "tower")

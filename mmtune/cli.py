@@ -224,6 +224,32 @@ def _parser() -> argparse.ArgumentParser:
     sequence.add_argument("--output_path", type=Path, required=True)
     sequence.set_defaults(run=commands.sequence_command)
 
+    assembling = subcommands.add_parser(
+        "assemble", help="a model folder from parts, whose weights stay where they are"
+    )
+    assembling.add_argument("folder", type=Path, metavar="OUT", help="the folder to write; not there yet")
+    assembling.add_argument(
+        "--vision", metavar="A", help="a tower: a folder, a hub name, a model folder whose tower it is to be"
+    )
+    assembling.add_argument(
+        "--connector",
+        metavar="B",
+        help="a kind for a new one, also with options, 'resampler:{queries: 64}'; or a saved one's folder",
+    )
+    assembling.add_argument(
+        "--language", metavar="C", help="a language model: a folder, a hub name, a model folder"
+    )
+    assembling.add_argument("--base", metavar="DIR", help="a model folder, whose other parts are taken")
+    assembling.add_argument("--tower", help="the tower's family (default: by its config)")
+    assembling.add_argument("--layer", type=int, metavar="-N", help="whose output is taken (default: -2)")
+    assembling.add_argument("--fit", choices=["pad", "crop", "squash", "own"], help="(default: pad)")
+    assembling.add_argument(
+        "--image_size", type=_positive, metavar="PIXELS", help="(default: the tower's own)"
+    )
+    assembling.add_argument("--chat", choices=FORMATS, help="the chat format (default: template)")
+    assembling.add_argument("--seed", type=int, default=0, help="of the new connector (default: 0)")
+    assembling.set_defaults(run=commands.assemble_command)
+
     importing = subcommands.add_parser(
         "import", help="a model of another project as a model folder, compared"
     )
@@ -248,10 +274,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("destination", type=Path, metavar="DST", help="the folder to write; not there yet")
     export.add_argument(
         "--to",
-        choices=["merged", "llava-hf", "llava", "peft"],
+        choices=["merged", "llava-hf", "llava", "peft", *PARTS],
         required=True,
         help="merged: adapters in the weights, nothing in 4 bits; llava-hf: for transformers and vLLM; "
-        "llava: for the original LLaVA-1.5; peft: the language model's adapter alone",
+        "llava: for the original LLaVA-1.5; peft: the language model's adapter alone; "
+        "vision, connector, language: that part alone, its adapter in its weights",
     )
     export.add_argument(
         "--for",

@@ -226,6 +226,16 @@ def sequence_command(options: argparse.Namespace) -> None:
     print(f"Written: {options.output_path / 'sequence.json'}")
 
 
+def assemble_command(options: argparse.Namespace) -> None:
+    from dataclasses import fields
+
+    from mmtune.parts.assembly import Asked, assemble_folder, print_parts
+
+    asked = Asked(**{field.name: getattr(options, field.name) for field in fields(Asked)})
+    model = assemble_folder(asked, options.folder, options.seed)
+    print_parts(model, options.folder, _console())
+
+
 def import_command(options: argparse.Namespace) -> None:
     from mmtune.interop.comparison import Compared, print_compared
     from mmtune.interop.importing import import_model
@@ -250,6 +260,10 @@ def export_command(options: argparse.Namespace) -> None:
         from mmtune.interop.peft_export import export_peft
 
         made = export_peft(options.folder, options.destination, options.target == "llava-hf")
+    elif options.to in ("vision", "connector", "language"):
+        from mmtune.interop.part_export import export_part
+
+        made = export_part(options.folder, options.destination, options.to, options.dtype or "float32")
     elif options.to == "llava-hf":
         from mmtune.interop.llava_hf_export import export_llava_hf
 

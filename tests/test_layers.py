@@ -21,7 +21,7 @@ parts.vision.stored parts.vision.open_clip parts.vision.timm
 parts.connector.base parts.connector.linear parts.connector.mlp
 parts.connector.pixel_shuffle parts.connector.resampler
 parts.quantized parts.language parts.proof parts.attention parts.shapes parts.model parts.outline
-parts.between parts.adapters
+parts.between parts.assembly parts.adapters
 tuning.shards tuning.fsdp_shards tuning.zero_shards tuning.base tuning.penalty_triton tuning.penalty
 tuning.segments tuning.importance tuning.joined
 tuning.frozen tuning.full tuning.lora tuning.sculpt tuning.kl
@@ -52,7 +52,7 @@ training.folder training.plan training.optim training.engine training.fsdp train
 training.meter training.signals
 training.probe training.loop training.rehearsal training.memory training.check
 training.check_language
-interop.lmms_eval interop.comparison interop.merged
+interop.lmms_eval interop.comparison interop.merged interop.part_export
 interop.weights interop.source interop.chat_templates interop.llava_hf
 interop.llava_forward interop.llava interop.importing
 interop.llava_hf_processor interop.llava_hf_export interop.llava_export interop.peft_export

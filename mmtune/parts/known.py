@@ -39,7 +39,10 @@ KNOWN = {
 
 def is_known(model: str, file: str = "config.json") -> bool:
     """Whether `config_of` finds it."""
-    return (shipped(model) / file).is_file() or (model in KNOWN and not shipped(model).is_dir())
+    folder = shipped(model)
+    if folder.is_dir():
+        return (folder / file).is_file()
+    return model in KNOWN and file == _file_of(read_json(CONFIGS / KNOWN[model]))
 
 
 def config_of(model: str, file: str = "config.json") -> dict[str, Any]:
@@ -53,7 +56,7 @@ def config_of(model: str, file: str = "config.json") -> dict[str, Any]:
     elif model in KNOWN:
         config = read_json(CONFIGS / KNOWN[model])
         del config["_about"]
-        kept = "open_clip_config.json" if "model_cfg" in config else "config.json"
+        kept = _file_of(config)
         if kept != file:
             raise UserError(
                 f"its {kept} is known here, not its {file}",
@@ -69,3 +72,7 @@ def config_of(model: str, file: str = "config.json") -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError("not the config of a model", where=folder / file)
     return config
+
+
+def _file_of(config: dict[str, Any]) -> str:
+    return "open_clip_config.json" if "model_cfg" in config else "config.json"

@@ -301,7 +301,6 @@ def sweep_command(options: argparse.Namespace) -> None:
 
 
 def swap_tower_command(options: argparse.Namespace) -> None:
-    from mmtune.experiments.swap_page import print_swap
     from mmtune.experiments.swap_tower import commands, plan_swap, report_swap, run_swap
     from mmtune.training.signals import Signals
 
@@ -309,12 +308,15 @@ def swap_tower_command(options: argparse.Namespace) -> None:
         planned = plan_swap(options.yaml, options.overrides)
         for words in commands(options.yaml, options.overrides, *planned):
             print(_command(*words))
-    elif options.report:
-        print_swap(report_swap(options.yaml, options.overrides), _console())
+        return
+    if options.report:
+        report = report_swap(options.yaml, options.overrides)
     else:
         with Signals(_command("swap-tower", str(options.yaml), *options.overrides)) as signals:
             report = run_swap(options.yaml, options.overrides, signals)
-        print_swap(report, _console())
+    from mmtune.experiments.swap_page import print_swap
+
+    print_swap(report, _console())
 
 
 def bench_generate_command(options: argparse.Namespace) -> None:

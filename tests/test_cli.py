@@ -27,7 +27,7 @@ SCORE = [
     *("--predictions", str(TEXTVQA / "answers_llava-v1.5-13b_40.jsonl")),
     *("--annotations", str(TEXTVQA / "TextVQA_0.5.1_val_40.json")),
 ]
-COMMANDS = ["train", "check", "eval", "score", "report", "sweep", "bench", "bench generate"]
+COMMANDS = ["train", "check", "eval", "score", "report", "sweep", "swap-tower", "bench", "bench generate"]
 COMMANDS += ["data", "data prepare"]
 # Seconds of CPU, not of the clock: a machine that is busy elsewhere makes nothing slower here.
 MEASURED = """
@@ -109,6 +109,22 @@ def test_the_faults_of_a_yaml_are_quick_and_all_named(world: Path, tmp_path: Pat
     for fault in ("'lorasculp'", "'lr' is missing", "found 0", "'tiny_icon'", "unknown key 'trian'"):
         assert fault in said
     assert said.count(str(path)) >= 4  # each with its line
+
+
+def test_the_faults_of_a_swap_are_quick_too(tmp_path: Path) -> None:
+    path = tmp_path / "swap.yaml"
+    stage = "{data: [{card: tiny_icon}], train: {steps: 1, batch_size: 0}}"
+    towers = "{one: {tower: klip, weights: x}, two: {tower: clip}}"
+    path.write_text(
+        f"name: a\nmodel: {{base: data/tiny/model}}\ntowers: {towers}\nstages: [{stage}]\n"
+        "evaluate: {suite: tiny}\n"
+    )
+    found, said = measured("swap-tower", str(path))
+    assert (found["code"], found["torch"]) == (2, False)
+    assert found["seconds"] < 2
+    for fault in ("line 3, model.vision.tower: unknown vision tower 'klip'", "either 'weights'", "found 0"):
+        assert fault in said
+    assert said.count("'tiny_icon'") == 1  # what all runs share is said once
 
 
 def official_scores() -> dict[str, float]:

@@ -15,7 +15,6 @@ from typing import NoReturn
 
 from mmtune.core.files import read_json, read_jsonl
 from mmtune.run import RunOptions, Stage
-from mmtune.training.plan import count_steps, read_samples
 from mmtune.training.signals import Signals
 
 TRY_SECONDS = 15.0
@@ -107,6 +106,8 @@ def _tried(run: RunOptions) -> float | None:
 
 
 def _steps(stage: Stage) -> int:
+    from mmtune.training.plan import count_steps, read_samples
+
     own = 0 if stage.train.steps else sum(len(read_samples(data)[0]) for data in stage.data)
     return count_steps(own, stage.train)
 

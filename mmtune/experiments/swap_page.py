@@ -52,8 +52,9 @@ def print_swap(report: Mapping[str, Any], console: Console) -> None:
         _add(scores, "  ± 95 %, questions", [half_width(cell["ci95"]) for cell in cells])
     console.print(scores)
     costs = _table("What they cost")
-    for heading in ("", *COSTS):
-        costs.add_column(heading, justify="right" if heading else "left", overflow="fold")
+    costs.add_column("", overflow="fold", min_width=min(30, max(len(row["label"]) for row in report["rows"])))
+    for heading in COSTS:
+        costs.add_column(heading, justify="right", overflow="fold")
     for row in report["rows"]:
         costs.add_row(Text(row["label"], style="bold"), *costs_of(row))
     console.print(costs)

@@ -42,9 +42,9 @@ def run_swap(
     signals: as in `train`. Raises UserError with the faults of all runs before anything trains, and, once the
     others are through, for the runs that failed.
     """
+    options, swaps = plan_swap(path, overrides)
     from mmtune.experiments.swap_report import make_swap_report
 
-    options, swaps = plan_swap(path, overrides)
     runs = [swap.run for swap in swaps]
     for run in runs:  # what cannot go on is said before anything trains
         open_run(run, resume=True)
@@ -79,9 +79,6 @@ def plan_swap(path: Path, overrides: list[str] | None = None) -> tuple[SwapOptio
     Written to the swap's folder: towers.json, what is known of each tower; fits/TOWER, the connectors;
     plan/RUN.yaml, each run as `mmtune train` takes it. Raises UserError.
     """
-    from mmtune.experiments.fit_connector import fit_connector
-    from mmtune.parts.outline import outline_of
-
     with said_once():
         if processes() > 1:
             raise UserError(
@@ -92,6 +89,9 @@ def plan_swap(path: Path, overrides: list[str] | None = None) -> tuple[SwapOptio
     options, swaps = read_swap(path, overrides)
     suite = load_suite(options.evaluate.suite)
     check_data(suite.given, options.evaluate.split, options.evaluate.root, options.evaluate.limit)
+    from mmtune.experiments.fit_connector import fit_connector
+    from mmtune.parts.outline import outline_of
+
     facts = _look(options, swaps, Source(path, overrides))
     swaps = [swap for swap in swaps if _possible(swap, facts)]
     for name, known in facts.items():

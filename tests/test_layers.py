@@ -17,7 +17,7 @@ data.tiny data.tiny_tokenizer
 parts.foreign parts.spec parts.known parts.fingerprint parts.loading
 parts.vision.base parts.vision.pixels parts.vision.hf parts.vision.clip parts.vision.siglip
 parts.vision.siglip2 parts.vision.dinov2 parts.vision.dinov3
-parts.vision.stored parts.vision.open_clip parts.vision.timm
+parts.vision.stored parts.vision.open_clip_names parts.vision.open_clip parts.vision.timm
 parts.connector.base parts.connector.linear parts.connector.mlp
 parts.connector.pixel_shuffle parts.connector.resampler
 parts.quantized parts.language parts.proof parts.attention parts.shapes parts.model parts.outline

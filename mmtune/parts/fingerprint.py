@@ -105,6 +105,8 @@ def _contents(folder: Path, part: dict[str, Any]) -> dict[str, str | list[list[s
 
 
 def _content(place: Path, name: str) -> str | list[list[str]]:
+    if place.is_file():
+        return [[place.name, _file_hash(place)]]
     if not place.is_dir():
         return name
     return [

@@ -196,13 +196,13 @@ class VisionLanguageModel(nn.Module):
         described: dict[str, Any] = {"mmtune": FORMAT_VERSION}
         for name in PARTS:
             options = to_dict(getattr(self.options, name))
-            options.pop("config", None)
-            for key in ("quantize", "image_size"):
+            for key in ("quantize", "image_size", "config"):
                 if options.get(key, "") is None:
                     del options[key]
             if options.get("weights") is None:
                 self.part(name).save(folder / name, self._named_by(name, tensors))  # type: ignore[operator]
-                options.pop("tokenizer", None)
+                for key in ("tokenizer", "config"):
+                    options.pop(key, None)
                 options["weights"] = name
                 if name == "vision":  # as it was loaded: without the layers above, at the size it has now
                     options["layer"] = -1
@@ -314,7 +314,7 @@ def assemble(options: ModelOptions, exact: Collection[str] = ()) -> VisionLangua
     connector.to(dtypes["connector"])
     if options.connector.weights is not None:
         connector.load(Path(options.connector.weights))
-    vision_options = replace(options.vision, config=None)
+    vision_options = replace(options.vision, config=vision.given_config)
     language_options = replace(held, config=None)
     connector_options = replace(options.connector)
     made = ModelOptions(
@@ -407,7 +407,8 @@ def load_vision(options: VisionOptions, dtype: torch.dtype) -> VisionTower:
     """A tower by itself: its weights, or new ones. Raises UserError."""
     tower = TOWERS.load(options.tower, "model.vision.tower")
     if options.weights is not None:
-        return tower.load(options.weights, options.layer, dtype, options.image_size)
+        beside = {} if options.config is None else {"config": options.config}
+        return tower.load(options.weights, options.layer, dtype, options.image_size, **beside)
     return tower.create(options.config, options.layer, options.image_size).to(dtype)
 
 

@@ -72,7 +72,8 @@ def tower_of_config(options: VisionOptions) -> VisionTower:
     kind, fields = TOWERS.load(options.tower, "model.vision.tower"), options.config
     if fields is None:
         weights = str(options.weights)
-        fields = kind.fields(config_of(weights, kind.config_file), weights)
+        fields = kind.known_fields(weights)
+        fields = kind.fields(config_of(weights, kind.config_file), weights) if fields is None else fields
     made: VisionTower = kind.create(fields, options.layer, options.image_size)
     return made
 
@@ -101,7 +102,7 @@ def of_family(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _tower(options: VisionOptions) -> VisionTower:
     kind = TOWERS.load(options.tower, "model.vision.tower")
-    if options.weights is None or is_known(options.weights, kind.config_file):
+    if options.config is not None or kind.known_fields(str(options.weights)) is not None:
         return tower_of_config(options)
     made: VisionTower = kind.load(options.weights, options.layer, torch.float32, options.image_size)
     return made

@@ -41,6 +41,7 @@ MODEL_TYPES = {
     "dinov2": "dinov2",
     "dinov2_with_registers": "dinov2",
     "dinov3_vit": "dinov3",
+    "timm_wrapper": "timm",
 }
 CONNECTORS = Table(
     "connector",
@@ -59,6 +60,7 @@ CONNECTORS = Table(
 @dataclass
 class VisionOptions:
     """A vision tower: `weights` (a folder or hub name) or, from scratch, `config` (its own config's fields).
+    Both for a checkpoint of open_clip's training, which is a file and doesn't say of which model it is.
 
     layer: whose output is taken; -1 is the last, -2 the one before it (LLaVA-1.5). fit: how a picture becomes
     a square; `own` as the tower's own transform does it. image_size: another side than the tower's own, in
@@ -81,7 +83,8 @@ class VisionOptions:
             fault("layer", f"expected a negative number, found {self.layer}", "-2 is LLaVA-1.5's choice.")
         if self.image_size is not None and self.image_size < 1:
             fault("image_size", f"expected a number of pixels, found {self.image_size}")
-        _weights_or_config(self.weights, self.config, fault)
+        if self.tower != "open_clip" or not self.weights:  # whose checkpoints come without a config
+            _weights_or_config(self.weights, self.config, fault)
 
 
 @dataclass

@@ -14,10 +14,12 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-import mmtune.parts.vision.open_clip as module
+import mmtune.parts.vision.stored as stored
 from mmtune.core.errors import UserError
 from mmtune.parts.fingerprint import model_hash
 from mmtune.parts.model import VisionLanguageModel, assemble
+from mmtune.parts.outline import count
+from mmtune.parts.shapes import tower_of_config
 from mmtune.parts.spec import ConnectorOptions, LanguageOptions, ModelOptions, VisionOptions
 from mmtune.parts.vision.clip import MEAN, STD
 from mmtune.parts.vision.open_clip import CONFIG, PICKLED, WEIGHTS, OpenClipTower
@@ -217,20 +219,124 @@ def test_a_name_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         asked.append((name, allow_patterns))
         return str(source)
 
-    monkeypatch.setattr(module, "snapshot_download", download)
+    monkeypatch.setattr(stored, "snapshot_download", download)
     OpenClipTower.load("laion/tiny", -2, FP32)
     assert asked == [("laion/tiny", [CONFIG, WEIGHTS]), ("laion/tiny", [CONFIG, PICKLED])]
     asked.clear()
     save(source, whole())
     OpenClipTower.load("laion/tiny", -2, FP32)
     assert asked == [("laion/tiny", [CONFIG, WEIGHTS])]
+    asked.clear()
+    OpenClipTower.load("ViT-H-14/laion2b_s32b_b79k", -2, FP32)
+    assert asked == [("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", [CONFIG, WEIGHTS])]
 
 
-@pytest.mark.parametrize("name", ["ViT-L-14-336", "hf-hub:laion/tiny", "no/where"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ViT-H-14/laion2b", r"no weights 'laion2b' of ViT-H-14\n.*laion2b_s32b_b79k.*ViT-H-14/TAG"),
+        ("ViT-L-14-336", r"no weights '' of ViT-L-14-336\n"),
+        ("RN50/openai", r"it is a ResNet, not one of open_clip's plain"),
+        (
+            "ViT-SO400M-14-SigLIP-384/webli",
+            r"it is timm's vit_so400m_patch14_siglip_384, not .*\n.*`tower: timm`, with weights: "
+            r"timm/vit_so400m_patch14_siglip_384\.webli",
+        ),
+        ("convnext_base/laion400m_s13b_b51k", r"it is timm's convnext_base, not .*\n.*Choose a plain one"),
+    ],
+)
+def test_names_of_open_clip_that_are_refused_before_the_download(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        OpenClipTower.load(name, -2, FP32)
+
+
+@pytest.mark.parametrize("name", ["hf-hub:laion/tiny", "no/where"])
 def test_names_that_lead_nowhere(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"nor to be had from the hub.*\n.*a hub name such as laion"):
         OpenClipTower.load(name, -2, FP32)
+
+
+def checkpoint(folder: Path, model: CLIP) -> str:
+    """What open_clip_train saves after an epoch, when it ran under DDP."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    steps = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
+    file = folder / "epoch_32.pt"
+    torch.save({"epoch": 32, "name": "run", "state_dict": state, "optimizer": steps}, file)
+    return str(file)
+
+
+def json_config(folder: Path, **changes: Any) -> str:
+    config = {"embed_dim": 8, "vision_cfg": {**VISION, **changes}, "text_cfg": TEXT, "quick_gelu": True}
+    (folder / "mine.json").write_text(json.dumps(config))
+    return str(folder / "mine.json")
+
+
+def test_a_checkpoint_of_its_training(tmp_path: Path) -> None:
+    """Of a model by its fields or by a JSON file like open_clip's; its transform is that of CLIP."""
+    model = whole(quick_gelu=True)
+    weights = checkpoint(tmp_path, model)
+    for config in ({"model": json_config(tmp_path)}, {**VISION, "quick_gelu": True}):
+        tower = OpenClipTower.load(weights, -2, FP32, config=config)
+        torch.testing.assert_close(features(tower), expected_features(model, -2), rtol=1e-5, atol=1e-5)
+        assert (tower.mean, tower.std) == (MEAN, STD)
+    config = {
+        "model": json_config(tmp_path, pool_type="avg", no_ln_pre=True)
+    }  # as a file may say for training
+    assert not hasattr(OpenClipTower.create(config, -1).visual.ln_pre, "weight")
+
+
+def test_a_name_of_open_clip_from_scratch() -> None:
+    with torch.device("meta"):
+        tower = OpenClipTower.create({"model": "ViT-H-14"}, -2, 336)
+    assert (tower.width, tower.tokens, len(tower.layers())) == (1280, 576, 31)
+
+
+@pytest.mark.parametrize(
+    ("weights", "config", "message"),
+    [
+        ("epoch_32.pt", None, r"which doesn't say of which model\n.*config: \{model: NAME\}"),
+        ("epoch_32.pt", {"model": "ViT-B-17"}, r"open_clip knows no model 'ViT-B-17'\n.*ViT-B-16"),
+        ("epoch_32.pt", {"model": "none.json"}, "none.json: no such file"),
+        ("epoch_32.pt", {"model": "epoch_32.json"}, "it holds no vision_cfg"),
+        ("epoch_32.pt", {"model": "ViT-B-16", "width": 9}, "beside 'model' stand width"),
+        ("epoch_32.pt", {"model": "RN50"}, "it is a ResNet"),
+        ("epoch_32.pt", {"model": "ViT-B-16"}, "weights are missing"),
+        (
+            ".",
+            {"model": "ViT-B-16"},
+            r"config belongs to a file of weights, and this is none\n.*Leave it out",
+        ),
+        ("epoch_33.pt", {"model": "ViT-B-16"}, "config belongs to a file of weights, and this is none"),
+        ("laion/tiny", {"model": "ViT-B-16"}, "config belongs to a file of weights, and this is none"),
+        ("broken.pt", {**VISION}, "broken.pt: the weights cannot be read"),
+    ],
+)
+def test_checkpoints_and_configs_that_mean_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str, config: Any, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint(Path(), whole())
+    Path("epoch_32.json").write_text("{}")
+    Path("broken.pt").write_bytes(b"half a file")
+    with pytest.raises(UserError, match=message):
+        OpenClipTower.load(weights, -2, FP32, config=config)
+
+
+def test_what_is_known_without_weights() -> None:
+    """By open_clip's name and by the hub's; counted as open_clip's docs/model_profile.csv has it, but for the
+    final norm and the projection to the space shared with texts.
+    """
+    for name in ("ViT-H-14/laion2b_s32b_b79k", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
+        with torch.device("meta"):
+            tower = tower_of_config(VisionOptions("open_clip", name, layer=-1))
+        left_out = 2 * 1280 + 1280 * 1024
+        assert round((count(tower) + left_out) / 1e6, 2) == 632.08
+    with torch.device("meta"):  # with a pooler, which is of no effect
+        assert tower_of_config(VisionOptions("open_clip", "coca_ViT-L-14/laion2b_s13b_b90k")).tokens == 256
+    with pytest.raises(UserError, match="neither a folder nor a model whose config is known"):
+        tower_of_config(VisionOptions("open_clip", "laion/nothing"))
 
 
 @pytest.mark.parametrize(
@@ -356,6 +462,34 @@ def options(folder: Path) -> ModelOptions:
         connector=ConnectorOptions("mlp2x_gelu"),
         language=LanguageOptions(save_language(folder / "lm")),
     )
+
+
+def test_a_model_folder_names_the_checkpoint_and_holds_its_config(tmp_path: Path) -> None:
+    """The JSON file is no longer needed, and another checkpoint makes it another model."""
+    made = options(tmp_path)
+    weights = checkpoint(tmp_path / "logs", whole(quick_gelu=True))
+    made.vision = VisionOptions("open_clip", weights, {"model": json_config(tmp_path)})
+    assert not faults_of(made.vision)
+    model = assemble(made)
+    model.save_pretrained(tmp_path / "saved")
+    assert outline_of(made).image_tokens == IMAGE_TOKENS
+    (tmp_path / "mine.json").unlink()
+    before = model_hash(tmp_path / "saved")
+    restored = VisionLanguageModel.from_pretrained(tmp_path / "saved")
+    expected = features(model.vision)  # type: ignore[arg-type]
+    assert torch.equal(features(restored.vision), expected)  # type: ignore[arg-type]
+    FullOptions(lr=1e-3).make().attach(restored, "vision")
+    restored.save_pretrained(tmp_path / "trained")
+    again = VisionLanguageModel.from_pretrained(tmp_path / "trained")
+    assert torch.equal(features(again.vision), expected)  # type: ignore[arg-type]
+    checkpoint(tmp_path / "logs", whole(quick_gelu=True, seed=1))
+    assert model_hash(tmp_path / "saved") != before
+
+
+def faults_of(options: VisionOptions) -> list[tuple[str, ...]]:
+    faults: list[tuple[str, ...]] = []
+    options.check(lambda *fault: faults.append(fault))
+    return faults
 
 
 def trained(model: VisionLanguageModel, tuner: Tuner) -> dict[str, torch.Tensor]:

@@ -14,102 +14,50 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from timm.models import save_for_hf
-from torch import nn
 
 import mmtune.parts.vision.stored as stored
 from mmtune.core.errors import UserError
-from mmtune.parts.model import VisionLanguageModel, assemble
-from mmtune.parts.spec import ConnectorOptions, LanguageOptions, ModelOptions, VisionOptions
+from mmtune.parts.attention import attention_for
+from mmtune.parts.outline import count
+from mmtune.parts.shapes import tower_of_config
+from mmtune.parts.spec import VisionOptions
 from mmtune.parts.vision.timm import CONFIG, FILES, TimmTower
-from mmtune.training.check import outline_of
-from mmtune.tuning.full import FullOptions
-from mmtune.tuning.lora import LoraOptions
-from tests.tiny_models import PATCH, SIZE, batch, save_language
+from tests.parts.towers import LAYERS, pictures, saved_timm
 
 FP32 = torch.float32
-LAYERS, OTHER = 3, 32
-SMALL: dict[str, Any] = {"embed_dim": 24, "depth": LAYERS, "num_heads": 2, "patch_size": PATCH}
+OTHER = 40
+SMALL: dict[str, Any] = {"embed_dim": 24, "depth": LAYERS, "num_heads": 2, "patch_size": 8}
 SHAPES = [(50, 31), (31, 50), (24, 24), (9, 40), (200, 131)]
 
 
-def saved(architecture: str, transform: dict[str, Any] | None = None, **args: Any) -> Callable[[Path], str]:
-    """A small model of an architecture, saved by timm itself. transform: into its pretrained_cfg."""
-
-    def save(folder: Path) -> str:
-        torch.manual_seed(0)
-        model = timm.create_model(architecture, **{**SMALL, "img_size": SIZE, "num_classes": 7, **args})
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-        save_for_hf(model, str(folder), safe_serialization=True)
-        config = json.loads((folder / CONFIG).read_text())
-        config["pretrained_cfg"] |= transform or {}
-        (folder / CONFIG).write_text(json.dumps(config))
-        return str(folder)
-
-    return save
-
-
-# Architecture, tokens before the patches, and how it is saved.
-KINDS: dict[str, tuple[int, Callable[[Path], str]]] = {
-    "ViT": (1, saved("vit_tiny_patch16_224")),
-    "no CLS": (0, saved("vit_tiny_patch16_224", class_token=False, global_pool="avg")),
-    "SigLIP": (0, saved("vit_base_patch16_siglip_224", {"crop_mode": "squash", "crop_pct": 1.0})),
-    "CLIP": (1, saved("vit_base_patch16_clip_224", {"interpolation": "bilinear"})),
-    "DINOv2": (5, saved("vit_small_patch14_reg4_dinov2", dynamic_img_size=True)),
-    "DeiT III": (1, saved("deit3_small_patch16_224")),
-    "AIMv2": (0, saved("aimv2_large_patch14_224")),
-    "EVA-02": (1, saved("eva02_tiny_patch14_224")),
-    "PE": (1, saved("vit_pe_core_tiny_patch16_384")),
-    "DINOv3": (5, saved("vit_small_patch16_dinov3_qkvb")),
-    "BEiT": (1, saved("beit_base_patch16_224")),
+# How each is saved, and what then stands in its pretrained_cfg.
+KINDS: dict[str, tuple[Callable[[Path], str], dict[str, Any]]] = {
+    "ViT": (saved_timm("vit_tiny_patch16_224"), {"crop_pct": 0.9}),
+    "no CLS": (saved_timm("vit_tiny_patch16_224", class_token=False, global_pool="avg"), {"crop_pct": 0.95}),
+    "SigLIP": (saved_timm("vit_base_patch16_siglip_224"), {"crop_mode": "squash", "crop_pct": 1.0}),
+    "CLIP": (saved_timm("vit_base_patch16_clip_224"), {"interpolation": "bilinear", "crop_pct": 1.0}),
+    "DINOv2": (saved_timm("vit_small_patch14_reg4_dinov2", dynamic_img_size=True), {"crop_pct": 0.875}),
+    "AIMv2": (saved_timm("aimv2_large_patch14_224"), {"crop_mode": "squash", "crop_pct": 0.9}),
+    "EVA-02": (saved_timm("eva02_tiny_patch14_224"), {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}),
+    "DINOv3": (saved_timm("vit_small_patch16_dinov3_qkvb"), {"interpolation": "lanczos"}),
+    "BEiT": (saved_timm("beit_base_patch16_224"), {}),
 }
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("timm")
-    return {name: save(folder / name) for name, (_, save) in KINDS.items()}
-
-
-@pytest.fixture(scope="module")
-def language(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_language(tmp_path_factory.mktemp("language"))
-
-
-def pictures(side: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8, generator=generator)
+    for name, (save, transform) in KINDS.items():
+        save(folder / name)
+        config = json.loads((folder / name / CONFIG).read_text())
+        config["pretrained_cfg"] |= transform
+        (folder / name / CONFIG).write_text(json.dumps(config))
+    return {name: str(folder / name) for name in KINDS}
 
 
 @torch.no_grad()
-def features(tower: nn.Module, side: int = SIZE) -> torch.Tensor:
-    return tower.eval()(pictures(side))
-
-
-@torch.no_grad()
-def expected_features(folder: str, layer: int, side: int = SIZE) -> torch.Tensor:
-    """By timm's own forward_intermediates, of the whole model, as timm itself makes it for that side."""
-    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, img_size=side).eval()
-    said = timm.data.resolve_model_data_config(model)
-    mean, std = (torch.tensor(said[name]).double().view(1, 3, 1, 1) for name in ("mean", "std"))
-    pixels = ((pictures(side).double() / 255 - mean) / std).float()
-    index = LAYERS + layer
-    return model.forward_intermediates(pixels, indices=[index], output_fmt="NLC", intermediates_only=True)[0]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_features_are_those_of_timm(kind: str, checkpoints: dict[str, str]) -> None:
-    for layer, side in ((-1, SIZE), (-2, SIZE), (-LAYERS, SIZE), (-2, OTHER)):
-        tower = TimmTower.load(checkpoints[kind], layer, FP32, None if side == SIZE else side)
-        expected = expected_features(checkpoints[kind], layer, side)
-        found = features(tower, side)
-        assert found.shape == expected.shape == (2, (side // PATCH) ** 2, 24)
-        assert (tower.tokens, tower.prefix) == (found.shape[1], KINDS[kind][0])
-        assert tower.has_cls == (tower.prefix > 0)
-        scale = expected.abs().max()
-        torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-5)
+def features(tower: TimmTower) -> torch.Tensor:
+    return tower.eval()(pictures(2, tower.image_size))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -118,7 +66,7 @@ def test_pixels_are_those_of_timm(kind: str, checkpoints: dict[str, str]) -> Non
     tower = TimmTower.load(checkpoints[kind], -2, FP32)
     model = timm.create_model(f"local-dir:{checkpoints[kind]}")
     said = timm.data.resolve_model_data_config(model)  # of which a flexible model keeps its published size
-    theirs: Any = timm.data.create_transform(**{**said, "input_size": (3, SIZE, SIZE)})
+    theirs: Any = timm.data.create_transform(**{**said, "input_size": (3, 24, 24)})
     for shape in SHAPES:
         drawn = np.random.default_rng(0).integers(0, 256, (*shape[::-1], 3), np.uint8)
         found = torch.from_numpy(tower.transform("own")(Image.fromarray(drawn)))[None]
@@ -139,7 +87,7 @@ def test_timm_opens_what_is_saved(kind: str, checkpoints: dict[str, str], tmp_pa
     assert all(torch.equal(own[name], tensor) for name, tensor in model.state_dict().items())
     assert torch.equal(model.eval().forward_features(torch.zeros(1, 3, OTHER, OTHER)), blank(tower))
     again = TimmTower.load(str(tmp_path), -1, FP32)
-    assert torch.equal(features(again, OTHER), features(tower, OTHER))
+    assert torch.equal(features(again), features(tower))
     assert again.transform("own") == tower.transform("own")
 
 
@@ -213,10 +161,10 @@ def test_a_config_as_timm_wrote_it_of_old(checkpoints: dict[str, str], tmp_path:
 
 
 def test_created_from_a_config(tmp_path: Path) -> None:
-    config = {"architecture": "vit_tiny_patch16_224", "class_token": False, "img_size": SIZE, **SMALL}
+    config = {"architecture": "vit_tiny_patch16_224", "class_token": False, "img_size": 24, **SMALL}
     tower = TimmTower.create(config, -2)
-    assert (tower.tokens, tower.prefix, len(tower.layers())) == (4, 0, LAYERS - 1)
-    assert (TimmTower.create(config, -2, OTHER).tokens, tower.own_fit) == (16, "crop")
+    assert (tower.tokens, tower.prefix, len(tower.layers())) == (9, 0, LAYERS - 1)
+    assert (TimmTower.create(config, -2, OTHER).tokens, tower.own_fit) == (25, "crop")
     tower.save(tmp_path)
     assert torch.equal(features(TimmTower.load(str(tmp_path), -1, FP32)), features(tower))
 
@@ -289,101 +237,46 @@ def test_a_size_of_no_whole_patches(checkpoints: dict[str, str]) -> None:
     assert (whole.tokens, whole.image_size) == (9, 30)  # as SigLIP's 384 pixels have 27 patches of 14
 
 
-# ---- In a whole model ----------------------------------------------------------------------------------
+def test_attention_is_torchs_own_kernel_where_nothing_is_said(checkpoints: dict[str, str]) -> None:
+    tower = TimmTower.load(checkpoints["EVA-02"], -2, FP32)
+    assert attention_for(tower, "auto", FP32) == "sdpa"
+    tower.attend_by("eager")
+    eager = features(tower)
+    tower.attend_by("sdpa")
+    assert not torch.equal(features(tower), eager)  # another order of sums
+    torch.testing.assert_close(features(tower), eager, rtol=1e-5, atol=1e-5)
 
 
-def options(weights: str, language: str, image_size: int | None = None) -> ModelOptions:
-    return ModelOptions(
-        vision=VisionOptions("timm", weights, image_size=image_size),
-        connector=ConnectorOptions("linear"),
-        language=LanguageOptions(language),
-    )
+def test_the_outline_holds_no_values(checkpoints: dict[str, str]) -> None:
+    for kind in ("DINOv3", "BEiT"):
+        with torch.device("meta"):
+            outline = TimmTower.load(checkpoints[kind], -2, FP32, OTHER)
+        assert {parameter.device.type for parameter in outline.parameters()} == {"meta"}
+        real = TimmTower.load(checkpoints[kind], -2, FP32, OTHER).state_dict()
+        assert {n: t.shape for n, t in outline.state_dict().items()} == {n: t.shape for n, t in real.items()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_weight_trains_and_is_restored(
-    kind: str, checkpoints: dict[str, str], language: str, tmp_path: Path
-) -> None:
-    """With the same gradients where blocks are run again in the backward pass."""
-    gradients = []
-    for again in (False, True):
-        torch.manual_seed(0)
-        model = assemble(options(checkpoints[kind], language))
-        model.requires_grad_(False)
-        FullOptions(lr=1e-3).make().attach(model, "vision")
-        model.vision.checkpoint_activations(again)
-        loss = model.train()(batch([1, 2]))
-        assert isinstance(loss, torch.Tensor)
-        loss.backward()
-        gradients.append({name: p.grad for name, p in model.vision.named_parameters()})
-    for name, gradient in gradients[0].items():
-        repeated = gradients[1][name]
-        assert gradient is not None and repeated is not None and torch.equal(repeated, gradient), name
-    before = features(model.vision)
-    torch.optim.SGD(model.vision.parameters(), lr=1e-2).step()
-    after = features(model.vision)
-    assert not torch.equal(after, before)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(features(VisionLanguageModel.from_pretrained(tmp_path).vision), after)
+# By the model cards of huggingface.co/timm, in millions; what is left out of them here, in numbers.
+PUBLISHED = {
+    # 428.2: the pooling by attention, 4 C^2 + 2 C M with their biases, its query and norm; the final norm
+    "timm/vit_so400m_patch14_siglip_384.webli": (
+        428.2,
+        729,
+        4 * 1152**2 + 4 * 1152 + 2 * 1152 * 4304 + 4304 + 1152 + 1152 + 2 * 1152 + 2 * 1152,
+    ),
+    "timm/vit_large_patch14_dinov2.lvd142m": (304.4, 1369, 2 * 1024),
+}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_lora_reaches_every_linear_layer(
-    kind: str, checkpoints: dict[str, str], language: str, tmp_path: Path
-) -> None:
-    """Queries, keys and values too, whose bias EVA and BEiT hold apart; merging gives the adapted tower."""
-    torch.manual_seed(0)
-    model = assemble(options(checkpoints[kind], language))
-    model.requires_grad_(False)
-    tuner = LoraOptions(lr=1e-3, rank=2, alpha=4).make()
-    tuner.attach(model, "vision")
-    linear = {name for name, module in model.vision.hf.named_modules() if type(module).__name__ == "Linear"}
-    assert {name.removesuffix(".base_layer") for name in linear if "lora_" not in name} == {*tuner.layers}
-    pairs = {name: tuner.pair(name) for name in tuner.layers}
-    for _, b in pairs.values():
-        torch.nn.init.normal_(b, std=0.1)
-    loss = model.train()(batch([1, 2]))
-    assert isinstance(loss, torch.Tensor)
-    loss.backward()
-    assert [n for n, pair in pairs.items() if any(t.grad is None or not t.grad.any() for t in pair)] == []
-    model.save_pretrained(tmp_path)
-    merged = VisionLanguageModel.from_pretrained(tmp_path, merge=True)
-    torch.testing.assert_close(features(merged.vision), features(model.vision), rtol=1e-4, atol=1e-4)
-
-
-def test_another_size_is_restored_with_the_model(
-    checkpoints: dict[str, str], language: str, tmp_path: Path
-) -> None:
-    """Of a tower that stayed as it was, and of one that trained and lies with the model."""
-    for trains in (False, True):
-        model = assemble(options(checkpoints["EVA-02"], language, OTHER))
-        if trains:
-            FullOptions(lr=1e-3).make().attach(model, "vision")
-        model.save_pretrained(tmp_path)
-        restored = VisionLanguageModel.from_pretrained(tmp_path)
-        assert restored.image_tokens == (OTHER // PATCH) ** 2
-        assert torch.equal(features(restored.vision, OTHER), features(model.vision, OTHER))
-
-
-def test_the_outline_holds_no_values(checkpoints: dict[str, str], language: str) -> None:
-    outline = outline_of(options(checkpoints["DINOv3"], language, OTHER))
-    assert {parameter.device.type for parameter in outline.vision.parameters()} == {"meta"}
-    real = TimmTower.load(checkpoints["DINOv3"], -2, FP32, OTHER).state_dict()
-    assert {n: t.shape for n, t in outline.vision.state_dict().items()} == {
-        n: t.shape for n, t in real.items()
-    }
-
-
-def test_eager_and_bfloat16(checkpoints: dict[str, str]) -> None:
-    for kind in KINDS:
-        tower = TimmTower.load(checkpoints[kind], -2, FP32)
-        exact = features(tower)
-        tower.attend_by("eager")
-        torch.testing.assert_close(features(tower), exact, rtol=1e-4, atol=1e-4)
-        assert not torch.equal(features(tower), exact)  # another order of sums
-        rounded = features(TimmTower.load(checkpoints[kind], -2, torch.bfloat16))
-        assert rounded.dtype == torch.bfloat16
-        assert (rounded.float() - exact).norm() < 0.03 * exact.norm()
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_towers_from_their_names_alone(name: str) -> None:
+    millions, tokens, left_out = PUBLISHED[name]
+    with torch.device("meta"):
+        tower = tower_of_config(VisionOptions("timm", name, layer=-1))
+    assert tower.tokens == tokens
+    assert round((count(tower) + left_out) / 1e6, 1) == millions
+    with pytest.raises(UserError, match="neither a folder nor a model whose config is known"):
+        tower_of_config(VisionOptions("timm", f"{name}x"))
 
 
 def test_it_says_so_where_timm_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

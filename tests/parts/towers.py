@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import open_clip
+import timm
 import torch
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from torch import nn
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -27,6 +33,7 @@ from transformers import (
 )
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
+from mmtune.core.files import write_json
 from mmtune.parts.vision.base import VisionTower
 
 LAYERS = 3
@@ -71,9 +78,7 @@ def saved_hf(model: type, config: Any) -> Callable[[Path], str]:
     def save(folder: Path) -> str:
         torch.manual_seed(0)
         made: Any = model(config)
-        with torch.no_grad():
-            for parameter in made.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.2)
+        spread(made)
         made.save_pretrained(folder)
         return str(folder)
 
@@ -106,6 +111,88 @@ def _inputs(model: Any, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         "pixel_attention_mask": torch.ones(len(rows), count**2, dtype=torch.long),
         "spatial_shapes": torch.tensor([[count, count]] * len(rows)),
     }
+
+
+def saved_timm(architecture: str, **args: Any) -> Callable[[Path], str]:
+    """A checkpoint of timm, written by timm itself, with wide random weights."""
+    small = {"embed_dim": 24, "depth": LAYERS, "num_heads": 2, "img_size": 24, "patch_size": 8}
+
+    def save(folder: Path) -> str:
+        torch.manual_seed(0)
+        model: Any = timm.create_model(architecture, **{**small, "num_classes": 7, **args})
+        spread(model)
+        save_for_hf(model, str(folder), safe_serialization=True)
+        return str(folder)
+
+    return save
+
+
+def timm_tokens(weights: str, layer: int, pixels: torch.Tensor) -> torch.Tensor:
+    """What timm's forward_intermediates gives, of the whole model, as timm makes it for this size."""
+    model: Any = timm.create_model(f"local-dir:{weights}", pretrained=True, img_size=pixels.shape[-1])
+    options = {
+        "output_fmt": "NLC",
+        "intermediates_only": True,
+        "return_prefix_tokens": model.num_prefix_tokens,
+    }
+    with torch.no_grad():
+        found = model.eval().forward_intermediates(pixels, indices=[LAYERS + layer], **options)[0]
+    return torch.cat(found[::-1], 1) if isinstance(found, tuple) else found
+
+
+OPEN_CLIP: dict[str, Any] = {
+    "width": 24,
+    "layers": LAYERS,
+    "head_width": 12,
+    "mlp_ratio": 2.0,
+    "patch_size": 8,
+    "image_size": 24,
+}
+_TEXT = CLIPTextCfg(width=16, heads=2, layers=1, vocab_size=20, context_length=5)
+
+
+def saved_open_clip(quick_gelu: bool = False, **changes: Any) -> Callable[[Path], str]:
+    """open_clip's hub format, with wide random weights."""
+    model = {"embed_dim": 8, "quick_gelu": quick_gelu, "vision_cfg": {**OPEN_CLIP, **changes}}
+
+    def save(folder: Path) -> str:
+        torch.manual_seed(0)
+        clip = CLIP(8, CLIPVisionCfg(**{**OPEN_CLIP, **changes}), _TEXT, quick_gelu)
+        spread(clip)
+        tensors = {name: tensor.contiguous() for name, tensor in clip.state_dict().items()}
+        save_file(tensors, folder / "open_clip_model.safetensors")
+        write_json(folder / "open_clip_config.json", {"model_cfg": model})
+        return str(folder)
+
+    return save
+
+
+def open_clip_tokens(quick_gelu: bool = False, **changes: Any) -> Library:
+    """What open_clip's forward_intermediates gives, of the whole tower, loaded by open_clip for this size."""
+
+    def tokens(weights: str, layer: int, pixels: torch.Tensor) -> torch.Tensor:
+        vision = CLIPVisionCfg(**{**OPEN_CLIP, **changes, "image_size": pixels.shape[-1]})
+        clip = CLIP(8, vision, _TEXT, quick_gelu).eval()
+        open_clip.load_checkpoint(clip, f"{weights}/open_clip_model.safetensors")
+        visual: Any = clip.visual
+        with torch.no_grad():
+            found = visual.forward_intermediates(
+                pixels, indices=[LAYERS + layer], output_fmt="NLC", output_extra_tokens=True
+            )
+        return torch.cat([found["image_intermediates_prefix"][0], found["image_intermediates"][0]], 1)
+
+    return tokens
+
+
+def spread(model: nn.Module) -> None:
+    """So that no two positions or channels are alike."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+
+
+def timm_family(name: str, prefix: int, save: Callable[[Path], str]) -> Family:
+    return Family(name, "timm", save, timm_tokens, prefix, own=24, grid=3, mixing=("attn.proj",))
 
 
 FAMILIES = [
@@ -176,6 +263,25 @@ FAMILIES = [
         own=24,
         grid=3,
     ),
+    Family("open_clip", "open_clip", saved_open_clip(), open_clip_tokens(), prefix=1, own=24, grid=3),
+    Family(
+        "open_clip, QuickGELU",
+        "open_clip",
+        saved_open_clip(True, ls_init_value=0.7, no_ln_pre=True),
+        open_clip_tokens(True, ls_init_value=0.7, no_ln_pre=True),
+        prefix=1,
+        own=24,
+        grid=3,
+    ),
+    timm_family("timm ViT", 1, saved_timm("vit_tiny_patch16_224")),
+    timm_family("timm SigLIP", 0, saved_timm("vit_base_patch16_siglip_224")),
+    timm_family(
+        "timm DINOv2, any size", 5, saved_timm("vit_small_patch14_reg4_dinov2", dynamic_img_size=True)
+    ),
+    timm_family("timm EVA-02", 1, saved_timm("eva02_tiny_patch14_224")),
+    timm_family("timm PE", 1, saved_timm("vit_pe_core_tiny_patch16_384")),
+    timm_family("timm DINOv3", 5, saved_timm("vit_small_patch16_dinov3_qkvb")),
+    timm_family("timm BEiT", 1, saved_timm("beit_base_patch16_224")),
 ]
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from mmtune.core.errors import UserError
 from mmtune.data.image import Fit, HalfPixel, ImageTransform, Resample
+from mmtune.parts.known import config_of, is_known
 from mmtune.parts.loading import recompute_activations, split_layers
 
 
@@ -49,6 +50,7 @@ class VisionTower(nn.Module):
     half_pixel: HalfPixel = "down"
     unused: tuple[str, ...] = ()
     config_file: str = "config.json"
+    given_config: dict[str, Any] | None = None  # of weights that come without one
 
     @classmethod
     def load(cls, weights: str, layer: int, dtype: torch.dtype, image_size: int | None = None) -> VisionTower:
@@ -64,6 +66,15 @@ class VisionTower(nn.Module):
         is that of another family.
         """
         return config
+
+    @classmethod
+    def known_fields(cls, weights: str) -> dict[str, Any] | None:
+        """What `create` takes, of a folder, which need hold no weights, or of a name whose config is known
+        without a download; None of others.
+        """
+        if not is_known(weights, cls.config_file):
+            return None
+        return cls.fields(config_of(weights, cls.config_file), weights)
 
     @classmethod
     def create(cls, config: dict[str, Any], layer: int, image_size: int | None = None) -> VisionTower:

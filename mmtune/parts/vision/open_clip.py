@@ -1,7 +1,8 @@
-"""Vision transformers of open_clip, from a folder or hub name in its own format.
+"""Vision transformers of open_clip, from its hub format or from a checkpoint of its training.
 
-The format: open_clip_config.json beside open_clip_model.safetensors or open_clip_pytorch_model.bin, as
-open_clip's push_to_hf_hub writes them. The text tower is not read.
+The hub format: a folder or hub name with open_clip_config.json beside open_clip_model.safetensors or
+open_clip_pytorch_model.bin, as push_to_hf_hub writes them. A checkpoint is a file; `config` says of which
+model. The text tower is not read.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -21,22 +20,21 @@ from mmtune.core.errors import Fault, UserError
 from mmtune.core.files import read_json, replacing, write_json
 from mmtune.core.table import nearest
 from mmtune.parts.loading import own_weights, refusals, require_weights
-from mmtune.parts.vision.base import VisionTower, layers_up_to, side_of
+from mmtune.parts.vision.base import VisionTower, layers_up_to, require_whole_patches, side_of
+from mmtune.parts.vision.open_clip_names import hub_name, model_named, model_of, split_name, with_timm
+from mmtune.parts.vision.stored import file_in, folder_of, read_tensors
 
-try:
-    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-    from open_clip.model import CLIPVisionCfg, _build_vision_tower
-except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
-    raise UserError(
-        f"open_clip cannot be imported: {str(error).splitlines()[0]}",
-        where="model.vision.tower",
-        mend="pip install 'mmtune[open_clip]'; torchvision has to be of the same build as torch.",
-    ) from None
+# After open_clip_names, which says what to do where open_clip is not to be had.
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD  # isort: skip
+from open_clip.model import CLIPVisionCfg, _build_vision_tower, resize_pos_embed  # isort: skip
 
 CONFIG = "open_clip_config.json"
 WEIGHTS, PICKLED = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
 _OWN_FIT: dict[str, Literal["crop", "squash"]] = {"shortest": "crop", "squash": "squash"}
-_MEND = f"Name a folder with {CONFIG} and {WEIGHTS} or {PICKLED}, or a hub name such as laion/CLIP-..."
+_MEND = (
+    f"Name a folder with {CONFIG} and {WEIGHTS} or {PICKLED}, a hub name such as laion/CLIP-..., or a model "
+    "and tag of open_clip's such as ViT-H-14/laion2b_s32b_b79k."
+)
 _WHOLE = "Copy the folder anew; it must be whole."
 # For training as CLIP does and for the pooled feature alone, and here switched off.
 _NO_EFFECT = {
@@ -90,59 +88,90 @@ class OpenClipTower(VisionTower):
 
     @classmethod
     def load(
-        cls, weights: str, layer: int, dtype: torch.dtype, image_size: int | None = None
+        cls,
+        weights: str,
+        layer: int,
+        dtype: torch.dtype,
+        image_size: int | None = None,
+        config: dict[str, Any] | None = None,
     ) -> OpenClipTower:
-        _require_own_size(image_size, weights)
-        folder = _folder(weights)
-        where = str(folder / CONFIG)
-        config = read_json(folder / CONFIG)
-        model = config.get("model_cfg") if isinstance(config, dict) else None
-        if not isinstance(model, dict) or not isinstance(model.get("vision_cfg"), dict):
-            raise UserError("it holds no model_cfg with a vision_cfg", where=where, mend=_MEND)
-        said = {
-            name: value for name, value in (config.get("preprocess_cfg") or {}).items() if value is not None
-        }
-        if said.get("interpolation", "bicubic") not in ("bicubic", "bilinear", "random"):
-            raise UserError(f"unknown interpolation {said['interpolation']!r}", where=where, mend=_WHOLE)
-        vision_cfg = _cut(model["vision_cfg"], layer, where)
+        """config: what `create` takes, where weights is a file, and only there."""
+        if config is not None or Path(weights).is_file():
+            file, where = Path(weights), "model.vision.config"
+            if config is None or not file.is_file():
+                raise _one_without_the_other(config, weights)
+            fields, said = cls._expanded(config), {}
+        else:
+            if named := split_name(weights):
+                _cut(model_named(named[0], weights)["vision_cfg"], layer, weights)
+            folder = folder_of(hub_name(*named) if named else weights, CONFIG, (WEIGHTS, PICKLED), _MEND)
+            where = str(folder / CONFIG)
+            stated = read_json(folder / CONFIG)
+            fields, said = cls.fields(stated, where), _preprocessing(stated, where)
+            file = file_in(folder, (WEIGHTS, PICKLED), _MEND)
         outline = torch.get_default_device().type == "meta"
-        with torch.device("meta"), refusals(where, "open_clip"):
-            tower = cls(vision_cfg, bool(model.get("quick_gelu", False)), said)
-        stored = _stored(folder)
+        with torch.device("meta"):
+            tower = cls._made(fields, layer, image_size, said, where)
+        if config is not None:
+            tower.given_config = fields
+        stored = read_tensors(file, "visual.")
+        if tower.image_size != fields.get("image_size", CLIPVisionCfg.image_size):
+            _resize(stored, tower)
+        stored = {name.replace(".in_proj_", ".in_proj."): tensor for name, tensor in stored.items()}
         expected = tower.state_dict()
         both = expected.keys() & stored.keys()
         mismatched = [name for name in both if stored[name].shape != expected[name].shape]
-        require_weights(expected.keys() - both, mismatched, str(folder))
+        require_weights(expected.keys() - both, mismatched, str(file))
         if not outline:
             tower.load_state_dict({name: stored[name].to(dtype) for name in expected}, assign=True)
         return tower.to(dtype)
 
     @classmethod
     def fields(cls, config: dict[str, Any], where: str) -> dict[str, Any]:
-        model = config.get("model_cfg")
+        model = config.get("model_cfg") if isinstance(config, dict) else None
         if not isinstance(model, dict) or not isinstance(model.get("vision_cfg"), dict):
             raise UserError("it holds no model_cfg with a vision_cfg", where=where, mend=_MEND)
-        kept = {name: value for name, value in model["vision_cfg"].items() if name not in _NO_EFFECT}
-        return {**kept, "quick_gelu": model.get("quick_gelu", False)}
+        used = {name: value for name, value in model["vision_cfg"].items() if name not in _NO_EFFECT}
+        return {**used, "quick_gelu": bool(model.get("quick_gelu", False))}
+
+    @classmethod
+    def known_fields(cls, weights: str) -> dict[str, Any] | None:
+        model = model_of(weights)
+        return super().known_fields(weights) if model is None else cls.fields({"model_cfg": model}, weights)
 
     @classmethod
     def create(cls, config: dict[str, Any], layer: int, image_size: int | None = None) -> OpenClipTower:
-        """config: fields of open_clip's vision_cfg, and quick_gelu, which open_clip keeps beside it."""
+        """config: fields of open_clip's vision_cfg, and quick_gelu, which open_clip keeps beside it; or
+        `model`, a name of open_clip's or the path of a JSON file like open_clip's.
+        """
+        return cls._made(cls._expanded(config), layer, image_size, {}, "model.vision.config")
+
+    @classmethod
+    def _expanded(cls, config: dict[str, Any]) -> dict[str, Any]:
         where = "model.vision.config"
-        _require_own_size(image_size, where)
-        fields = dict(config)
-        quick_gelu = fields.pop("quick_gelu", False)
+        if "model" in config:
+            if len(config) > 1:
+                what = f"beside 'model' stand {', '.join(sorted(config.keys() - {'model'}))}"
+                raise UserError(what, where=where, mend="Name a model, or give all fields of its vision_cfg.")
+            return cls.fields({"model_cfg": model_named(str(config["model"]), where)}, where)
+        if useless := sorted(config.keys() & _NO_EFFECT.keys()):
+            what = f"{', '.join(useless)}: of no effect on the patches of a layer"
+            raise UserError(what, where=where, mend="Leave it out.")
+        return config
+
+    @classmethod
+    def _made(
+        cls, fields: dict[str, Any], layer: int, side: int | None, preprocess: dict[str, Any], where: str
+    ) -> OpenClipTower:
+        quick_gelu = fields.get("quick_gelu", False)
         if not isinstance(quick_gelu, bool):
             raise UserError(f"quick_gelu: expected true or false, found {quick_gelu!r}", where=where)
-        vision_cfg = _cut(fields, layer, where)
-        if useless := sorted(fields.keys() & _NO_EFFECT.keys()):
-            raise UserError(
-                f"{', '.join(useless)}: of no effect on the patches of a layer",
-                where=where,
-                mend="Leave it out.",
-            )
+        vision_cfg = _cut({k: v for k, v in fields.items() if k != "quick_gelu"}, layer, where)
+        if side is not None and side != vision_cfg.image_size:
+            require_whole_patches(side, int(vision_cfg.patch_size), where)
+            vision_cfg.image_size = side
         with refusals(where, "open_clip"):
-            return cls(vision_cfg, quick_gelu, {})
+            return cls(vision_cfg, quick_gelu, preprocess)
 
     def save(self, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -218,7 +247,7 @@ def _cut(fields: dict[str, Any], layer: int, where: str) -> CLIPVisionCfg:
         raise UserError(
             f"it is {kind}, not one of open_clip's plain vision transformers",
             where=where,
-            mend="Choose a plain one, such as those open_clip calls ViT-B-16, ViT-L-14 or ViT-H-14.",
+            mend=with_timm(vision_cfg.timm_model_name or ""),
         )
     if not isinstance(vision_cfg.layers, int):
         raise UserError(f"layers: expected a whole number, found {vision_cfg.layers!r}", where=where)
@@ -228,39 +257,29 @@ def _cut(fields: dict[str, Any], layer: int, where: str) -> CLIPVisionCfg:
     return vision_cfg
 
 
-def _require_own_size(image_size: int | None, where: str) -> None:
-    if image_size is not None:
-        raise UserError("towers of open_clip take pictures of their own size alone", where=where)
+def _preprocessing(config: dict[str, Any], where: str) -> dict[str, Any]:
+    said = {name: value for name, value in (config.get("preprocess_cfg") or {}).items() if value is not None}
+    if said.get("interpolation", "bicubic") not in ("bicubic", "bilinear", "random"):
+        raise UserError(f"unknown interpolation {said['interpolation']!r}", where=where, mend=_WHOLE)
+    return said
 
 
-def _folder(weights: str) -> Path:
-    if Path(weights).is_dir():
-        return Path(weights)
-    try:
-        folder = Path(snapshot_download(weights, allow_patterns=[CONFIG, WEIGHTS]))
-        if not (folder / WEIGHTS).is_file():
-            folder = Path(snapshot_download(weights, allow_patterns=[CONFIG, PICKLED]))
-    except (OSError, ValueError) as error:
-        said = str(error).splitlines()[0]
-        raise UserError(
-            f"no such folder, nor to be had from the hub: {said}", where=weights, mend=_MEND
-        ) from None
-    return folder
+def _resize(stored: dict[str, torch.Tensor], tower: OpenClipTower) -> None:
+    """Interpolates the positions as open_clip does it for another image size."""
+    positions = stored.get("visual.positional_embedding")
+    if positions is not None:
+        stored["visual.positional_embedding"] = positions.float()
+        resize_pos_embed(stored, tower)
 
 
-def _stored(folder: Path) -> dict[str, torch.Tensor]:
-    """The vision tower's tensors, by this module's names."""
-    try:
-        if (folder / WEIGHTS).is_file():
-            with safe_open(folder / WEIGHTS, "pt") as opened:
-                names = [name for name in opened.keys() if name.startswith("visual.")]  # noqa: SIM118
-                stored = {name: opened.get_tensor(name) for name in names}
-        else:
-            device = torch.get_default_device()
-            stored = torch.load(folder / PICKLED, map_location=device, weights_only=True)
-        return {name.replace(".in_proj_", ".in_proj."): tensor for name, tensor in stored.items()}
-    except FileNotFoundError:
-        raise UserError(f"neither {WEIGHTS} nor {PICKLED}", where=folder, mend=_MEND) from None
-    except Exception as error:  # a broken pickle raises nearly anything
-        said = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"the weights cannot be read: {said}", where=folder, mend=_WHOLE) from None
+def _one_without_the_other(config: dict[str, Any] | None, weights: str) -> UserError:
+    if config is None:
+        mend = "Add config: {model: NAME}, a name of open_clip's such as ViT-B-16 or a JSON file of yours."
+        return UserError(
+            "a file of weights alone, which doesn't say of which model", where=weights, mend=mend
+        )
+    return UserError(
+        "config belongs to a file of weights, and this is none",
+        where=weights,
+        mend="Leave it out: a folder or a name has a config of its own. Or correct the path of the file.",
+    )

@@ -20,6 +20,7 @@ from mmtune.core.files import read_json, replacing, write_json
 from mmtune.core.table import nearest
 from mmtune.data.image import Resample
 from mmtune.parts.loading import own_weights, refusals, require_weights
+from mmtune.parts.spec import MODEL_TYPES
 from mmtune.parts.vision.base import VisionTower, layers_up_to, require_whole_patches, side_of
 from mmtune.parts.vision.stored import file_in, folder_of, read_tensors
 
@@ -46,7 +47,7 @@ _PLAIN: dict[type, dict[str, Any]] = {
     Eva: {"use_post_transformer_norm": False, "use_fc_norm": False},
     Beit: {},
 }
-_FAMILIES = ("vision_transformer", "deit", "eva", "beit")  # files of timm that make them
+_FILES = ("vision_transformer", "deit", "eva", "beit")  # of timm, that make them
 # For training a classifier and for the pooled feature alone, and here switched off.
 _NO_EFFECT = {
     *("num_classes", "global_pool", "drop_rate", "patch_drop_rate"),
@@ -102,6 +103,14 @@ class TimmTower(VisionTower):
         return tower._resized(image_size, weights).to(dtype)
 
     @classmethod
+    def known_fields(cls, weights: str) -> dict[str, Any] | None:
+        name = weights.removeprefix("timm/")
+        said = timm.get_pretrained_cfg(name) if timm.is_model_pretrained(name) else None
+        if said is None or Path(weights).is_dir():
+            return super().known_fields(weights)
+        return {"architecture": said.architecture, "pretrained_cfg": said.to_dict()}
+
+    @classmethod
     def create(cls, config: dict[str, Any], layer: int, image_size: int | None = None) -> Self:
         """config: what a config.json of timm says, or `architecture` with the arguments that timm takes."""
         where = "model.vision.config"
@@ -112,14 +121,17 @@ class TimmTower(VisionTower):
         """The tower that a config describes, at its own size, up to `layer`."""
         fields = dict(config) if isinstance(config, dict) else {}
         architecture = fields.pop("architecture", None)
+        if family := MODEL_TYPES.get(fields.get("model_type", "")):
+            what = f"this is a {fields['model_type']} model, not a timm model"
+            raise UserError(what, where=where, mend=f"Say tower: {family}.")
         if not isinstance(architecture, str):
             raise UserError("it names no architecture of timm", where=where, mend=_MEND)
         if not timm.is_model(architecture):
             mend = nearest(architecture, timm.list_models())
             raise UserError(f"timm knows no architecture '{architecture}'", where=where, mend=mend)
-        family = timm.model_entrypoint(architecture).__module__.rpartition(".")[2]
-        if family not in _FAMILIES:
-            raise _unfit(architecture, f"one of timm's {family} models", where)
+        file = timm.model_entrypoint(architecture).__module__.rpartition(".")[2]
+        if file not in _FILES:
+            raise _unfit(architecture, f"one of timm's {file} models", where)
         if "pretrained_cfg" in fields:
             args, transform = fields.get("model_args") or {}, fields["pretrained_cfg"]
         elif "input_size" in fields:  # as timm wrote it of old

@@ -22,14 +22,14 @@ from mmtune.evaluation.terminal import p_value
 GIB = 1 << 30
 TEMPLATE = "swap.html.j2"
 COSTS = (
-    "image tokens",
-    "tower, M",
-    "of, M",
-    "connector, M",
-    "aligned, samples/s",
+    "image\ntokens",
+    "tower,\nloaded, M",
+    "tower,\nwhole, M",
+    "connector,\nM",
+    "aligned,\nsamples/s",
     "answers/s",
-    "memory, GiB",
-    "R², tokens",
+    "memory,\nGiB",
+    "R²,\ntokens",
 )
 
 
@@ -109,7 +109,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
         "nothing about seeds. ± SD, seeds: between trainings that differ in the seed alone.",
         "Differences are paired question by question, each score averaged over seeds; p by Holm over the "
         "rows. Beyond chance: p below 0.05, and above 1.96 of the standard error that the seeds leave.",
-        "Tower, of: parameters that are loaded, up to the layer that is used, and of the whole tower. "
+        "Tower, loaded: millions of parameters up to the layer that is used; the others are not loaded. "
         "Memory: what each stage takes on a GPU as mmtune check estimates it, not measured. Answers/s: with "
         "loading.",
     ]

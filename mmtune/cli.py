@@ -304,9 +304,20 @@ def _parser() -> argparse.ArgumentParser:
     swap.add_argument("overrides", nargs="*", metavar="key=value")
     only = swap.add_mutually_exclusive_group()
     only.add_argument(
+        "--shapes",
+        action="store_true",
+        help="whether each tower fits the language model and the GPUs, from configs alone",
+    )
+    only.add_argument(
         "--plan", action="store_true", help="check, fit, write a YAML for each run; print what is left to do"
     )
     only.add_argument("--report", action="store_true", help="the report alone, of the runs that are finished")
+    swap.add_argument(
+        "--processes", type=_positive, metavar="N", help="with --shapes: the memory is for so many GPUs (4)"
+    )
+    swap.add_argument(
+        "--gpu_memory", type=_positive, default=24, metavar="GIB", help="with --shapes: of each GPU (24)"
+    )
     swap.set_defaults(run=commands.swap_tower_command)
 
     bench = subcommands.add_parser("bench", help="what this machine does, as ratios to the plain form")

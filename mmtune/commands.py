@@ -304,7 +304,13 @@ def swap_tower_command(options: argparse.Namespace) -> None:
     from mmtune.experiments.swap_tower import commands, plan_swap, report_swap, run_swap
     from mmtune.training.signals import Signals
 
-    if options.plan:
+    if options.shapes:
+        from mmtune.experiments.swap_shapes import check_shapes, print_shapes
+        from mmtune.training.check import Gpus
+
+        gpus = Gpus(options.processes, options.gpu_memory)
+        print_shapes(check_shapes(options.yaml, options.overrides, gpus), gpus, _console())
+    elif options.plan:
         planned = plan_swap(options.yaml, options.overrides)
         for words in commands(options.yaml, options.overrides, *planned):
             print(_command(*words))

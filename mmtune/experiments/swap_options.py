@@ -114,9 +114,15 @@ class Swap:
     run: RunOptions
 
 
-def read_swap(path: Path, overrides: list[str] | None = None) -> tuple[SwapOptions, list[Swap]]:
-    """The swap and its runs, tower by tower. Raises UserError with the faults of all of them."""
+def read_swap(
+    path: Path, overrides: list[str] | None = None, absent: list[Fault] | None = None
+) -> tuple[SwapOptions, list[Swap]]:
+    """The swap and its runs, tower by tower. Raises UserError with the faults of all of them.
+
+    absent: gathers what is not there, which is no fault then.
+    """
     source = Source(path, overrides)
+    source.absent = absent
     options: SwapOptions = parse(SwapOptions, source)
     swaps: list[Swap] = []
     faults: dict[Fault, None] = {}
@@ -125,7 +131,7 @@ def read_swap(path: Path, overrides: list[str] | None = None) -> tuple[SwapOptio
             for seed in options.seeds:
                 tree = _run(options, tower, start, seed)
                 described = Source.parsed(path, tree)
-                described.lines = _lines(source, tower)
+                described.lines, described.absent = _lines(source, tower), absent
                 run = build(RunOptions, tree, (), described)
                 faults |= dict.fromkeys(described.faults)
                 if run is not None:

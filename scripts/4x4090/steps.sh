@@ -8,15 +8,19 @@ lorasculpt_no_penalty lorasculpt_constant_mask lorasculpt_random_support lorascu
 trap 'exit 143' TERM
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}"
 
+# A script's head, with what can be set, is its help.
+print_help() {
+  sed -n '2,/^set / { /^set /d; s/^# \{0,1\}//; p }' "scripts/$(basename "$0")"
+  exit 0
+}
+
 # Sorts the arguments into methods and overrides (key=value); no method means lorasculpt, "all" every one.
 read_arguments() {
   methods=(); overrides=()
   local given
   for given in "$@"; do
     case "$given" in
-      -h | --help)
-        sed -n '2,/^[^#]/ { s/^# \{0,1\}//p }' "scripts/$(basename "$0")"
-        exit 0 ;;
+      -h | --help) print_help ;;
       evaluate.suite=* | evaluate.dtype=* | evaluate.batch_size=* | evaluate.limit=* | evaluate.split=* | evaluate.root=*)
         echo "'$given' would not hold for the base: set SUITE, LIMIT, EVAL_BATCH or DTYPE instead" >&2
         exit 2 ;;

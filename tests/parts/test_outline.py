@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     CLIPConfig,
     CLIPVisionConfig,
@@ -75,6 +76,41 @@ def test_counts_are_the_published_ones() -> None:
         assert count(model.language) == published
         assert count(model.vision) == 303_507_456  # the whole tower
         assert unused_layers(options, model) == 0
+
+
+# Published: of facebook/dinov2-large the safetensors metadata; the others as independent projects count them.
+@pytest.mark.parametrize(
+    ("name", "tower", "published", "tokens"),
+    [
+        ("google/siglip-so400m-patch14-384", "siglip", 428_225_600, 729),
+        ("google/siglip2-so400m-patch14-384", "siglip", 428_225_600, 729),
+        ("google/siglip2-so400m-patch16-naflex", "siglip2", 427_888_064, 256),
+        ("facebook/dinov2-large", "dinov2", 304_368_640, 1369),
+        ("facebook/dinov2-with-registers-large", "dinov2", 304_372_736, 1369),
+    ],
+)
+def test_towers_are_the_published_ones(name: str, tower: str, published: int, tokens: int) -> None:
+    config = config_of(name)
+    with torch.device("meta"):
+        theirs = AutoModel.from_config(AutoConfig.for_model(**config))
+    assert count(theirs) == published
+    tiny = LanguageOptions("TinyLlama/TinyLlama-1.1B-Chat-v1.0")
+    options = ModelOptions(None, VisionOptions(tower, name, layer=-1), ConnectorOptions("linear"), tiny)
+    model = outline_of_configs(options)
+    assert (
+        model.image_tokens == tokens
+        and count(model.vision.layers()[0]) * len(model.vision.layers()) < published
+    )
+
+
+def test_the_largest_tower_of_open_clip_is_the_published_one() -> None:
+    """632.08 M by open_clip's docs/model_profile.csv, with the final norm and the projection."""
+    pytest.importorskip("open_clip")
+    tower = VisionOptions("open_clip", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", layer=-1)
+    tiny = LanguageOptions("TinyLlama/TinyLlama-1.1B-Chat-v1.0")
+    model = outline_of_configs(ModelOptions(None, tower, ConnectorOptions("linear"), tiny))
+    assert count(model.vision) + 2 * 1280 + 1280 * 1024 == 632_076_800
+    assert model.image_tokens == 256
 
 
 @pytest.mark.parametrize("size", ["7b", "13b"])

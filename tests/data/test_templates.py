@@ -123,6 +123,25 @@ GEMMA_2 = (
     "{{ '<start_of_turn>' + role + '\n' + m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
+# Gemma 3 puts the system's turn into the first question.
+GEMMA_3 = (
+    "{{ bos_token }}{% set said = '' %}{% if messages[0].role == 'system' %}"
+    "{% set said = messages[0].content + '\n\n' %}{% set messages = messages[1:] %}{% endif %}"
+    + _LOOP
+    + _ALTERNATE
+    + "{% set role = 'model' if m.role == 'assistant' else m.role %}"
+    "{{ '<start_of_turn>' + role + '\n' + (said if loop.first else '') + m.content | trim }}"
+    "{{ '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+SMOLLM_2 = QWEN_25.replace(
+    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+)
+PHI_4 = (
+    _LOOP + "{{ '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
+)
 
 
 def _header(role: str) -> str:
@@ -217,6 +236,35 @@ PUBLISHED = {
         "<start_of_turn>user\nQ2<end_of_turn>\n<start_of_turn>model\nA2<end_of_turn>\n",
         ("", "<end_of_turn>"),
         system=False,
+    ),
+    "Gemma 3": Published(
+        "llama_first",
+        ("<start_of_turn>", "<end_of_turn>"),
+        "<end_of_turn>",
+        GEMMA_3,
+        "<s><start_of_turn>user\nBe brief.\n\nQ1<end_of_turn>\n<start_of_turn>model\nA1<end_of_turn>\n"
+        "<start_of_turn>user\nQ2<end_of_turn>\n<start_of_turn>model\nA2<end_of_turn>\n",
+        ("", "<end_of_turn>"),
+    ),
+    "SmolLM2": Published(
+        "byte_level",
+        (),
+        "<|im_end|>",
+        SMOLLM_2,
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ1<|im_end|>\n"
+        "<|im_start|>assistant\nA1<|im_end|>\n"
+        "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\nA2<|im_end|>\n",
+        ("", "<|im_end|>"),
+    ),
+    "Phi-4": Published(
+        "byte_level",
+        ("<|im_sep|>",),
+        "<|im_end|>",
+        PHI_4,
+        "<|im_start|>system<|im_sep|>Be brief.<|im_end|><|im_start|>user<|im_sep|>Q1<|im_end|>"
+        "<|im_start|>assistant<|im_sep|>A1<|im_end|>"
+        "<|im_start|>user<|im_sep|>Q2<|im_end|><|im_start|>assistant<|im_sep|>A2<|im_end|>",
+        ("", "<|im_end|>"),
     ),
 }
 BRIEF = Turn("system", "Be brief.")

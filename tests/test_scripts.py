@@ -30,7 +30,13 @@ USE = 'set -euo pipefail\nsource scripts/venv.sh "$@"\ncommand -v mmtune\necho "
 
 @pytest.mark.parametrize(
     "script",
-    ["quickstart.sh --seeds", "pretrain_tiny.sh --seed", "controls.sh --jobs", "ablate_lorasculpt.sh --jobs"],
+    [
+        "quickstart.sh --seeds",
+        "pretrain_tiny.sh --seed",
+        "tiny_towers.sh --seed",
+        "controls.sh --jobs",
+        "ablate_lorasculpt.sh --jobs",
+    ],
 )
 @pytest.mark.parametrize("given", ["", "x", "-1", "0.5"])
 def test_an_option_without_its_number(script: str, given: str) -> None:
@@ -46,7 +52,7 @@ def test_an_option_without_its_number(script: str, given: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["quickstart.sh", "pretrain_tiny.sh", "controls.sh", "ablate_lorasculpt.sh"]
+    "script", ["quickstart.sh", "pretrain_tiny.sh", "tiny_towers.sh", "controls.sh", "ablate_lorasculpt.sh"]
 )
 @pytest.mark.parametrize("option", ["--sed", "3", "--help"])
 def test_unknown_options(script: str, option: str) -> None:

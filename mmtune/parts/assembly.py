@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ PART_FILE = "part.json"  # what a part that was saved alone says of itself; see 
 ALIGN = """\
 # Trains the connector alone, on LLaVA's 558k captions as LLaVA-1.5 does (mmtune data prepare llava_pretrain);
 # for your own data write {{path: FILE.json, image_root: DIR}}.
-name: {name}_aligned
+name: {name}
 model: {{base: {folder}}}
 chat: plain
 data:
@@ -92,7 +93,10 @@ def assemble_folder(asked: Asked, destination: Path, seed: int = 0) -> VisionLan
     with replacing_folder(destination) as partial:
         model.save_pretrained(partial)
         length = int(min(2048, model.language.context))
-        align = ALIGN.format(folder=destination, name=destination.name, length=length)
+        name = destination.resolve().name
+        align = ALIGN.format(
+            folder=json.dumps(str(destination)), name=json.dumps(name + "_aligned"), length=length
+        )
         write_text(partial / "align.yaml", align)
     return model
 

@@ -310,7 +310,8 @@ def swap_tower_command(options: argparse.Namespace) -> None:
 
         gpus = Gpus(options.processes, options.gpu_memory)
         print_shapes(check_shapes(options.yaml, options.overrides, gpus), gpus, _console())
-    elif options.plan:
+        return
+    if options.plan:
         planned = plan_swap(options.yaml, options.overrides)
         for words in commands(options.yaml, options.overrides, *planned):
             print(_command(*words))

@@ -328,12 +328,18 @@ def _steps(saved: Sequence[Mapping[str, Any]]) -> str:
     if not saved:
         return ""
     first, last = fmean(one["first_loss"] for one in saved), fmean(one["last_loss"] for one in saved)
-    reached = [one["scratch_at"] for one in saved]
-    said = f" Its probe starts at a loss of {first:.3f}, which scratch reaches "
-    said += f"at step {fmean(reached):.0f}" if None not in reached else "in some seeds not at all"
-    ends = [one["fitted_at"] for one in saved]
-    said += f"; it reaches scratch's last loss, {last:.3f}, "
-    if None in ends:
-        return said + "in some seeds not at all."
     steps = fmean(one["last"] for one in saved)
-    return said + f"at step {fmean(ends):.0f}: {steps - fmean(ends):.0f} of {steps:.0f} steps saved."
+    begins = _at([one["scratch_at"] for one in saved])
+    ends = [one["fitted_at"] for one in saved]
+    less = "" if None in ends else f": {steps - fmean(ends):.0f} of {steps:.0f} steps saved"
+    return (
+        f" Its probe starts at a loss of {first:.3f}, which scratch reaches {begins}; it reaches scratch's "
+        f"last loss, {last:.3f}, {_at(ends)}{less}."
+    )
+
+
+def _at(steps: Sequence[float | None]) -> str:
+    known = [step for step in steps if step is not None]
+    if len(known) == len(steps):
+        return f"at step {fmean(known):.0f}"
+    return f"with {len(known)} of {len(steps)} seeds only" if known else "not at all"

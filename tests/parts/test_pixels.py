@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
@@ -19,7 +20,7 @@ from transformers import (
 
 from mmtune.core.errors import UserError
 from mmtune.data.image import ImageTransform
-from mmtune.parts.spec import TOWERS
+from mmtune.parts.spec import MODEL_TYPES, TOWERS
 from mmtune.parts.vision.pixels import Pixels, read_pixels, said_of
 from mmtune.parts.vision.siglip2 import in_rows
 from tests.parts.towers import FAMILIES, Family
@@ -28,6 +29,7 @@ GREY = (0.5, 0.5, 0.5)
 PUBLISHED = Pixels(GREY, GREY, "lanczos", "squash", 0.9)
 SHAPES = [(50, 31), (31, 50), (28, 28), (9, 40), (200, 131)]
 CROPPED = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}}
+OF_TRANSFORMERS = [family for family in FAMILIES if family.name in set(MODEL_TYPES.values())]
 SQUASHED = {"size": {"height": 28, "width": 28}}
 
 
@@ -99,7 +101,17 @@ def test_a_transform_that_no_tower_has_is_refused_whole(tmp_path: Path) -> None:
         assert part in text
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if "," not in f.name], ids=lambda family: family.name)
+@pytest.mark.parametrize("named", ["clip", "siglip", "dinov3"])
+def test_the_published_transform_is_the_default_of_its_processor(tmp_path: Path, named: str) -> None:
+    """Not DINOv2's: its checkpoints say 256 and 224 of a BitImageProcessor, whose defaults are others."""
+    tower = TOWERS.load(named)
+    default = getattr(transformers, tower.processor)().to_dict()
+    silent = Pixels((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), "nearest", None, 0.0)
+    found = read_pixels(wrote(tmp_path, default), silent)
+    assert found == tower.published
+
+
+@pytest.mark.parametrize("family", OF_TRANSFORMERS, ids=lambda family: family.name)
 def test_a_saved_tower_brings_the_image_processor_of_its_family(family: Family, tmp_path: Path) -> None:
     """Its pixels, normalised, are the tower's own: to a rounding, but for DINOv3.
 

@@ -15,8 +15,11 @@ from mmtune.core.errors import UserError
 from mmtune.core.files import read_json
 from mmtune.parts.known import config_of
 from mmtune.parts.model import VisionLanguageModel, assemble
+from mmtune.parts.outline import outline_of
 from mmtune.parts.spec import TOWERS, ConnectorOptions, LanguageOptions, ModelOptions, VisionOptions
 from mmtune.parts.vision.base import VisionTower
+from mmtune.training.rehearsal import Shape, rehearse
+from mmtune.tuning.frozen import FrozenOptions
 from mmtune.tuning.full import FullOptions
 from mmtune.tuning.lora import LoraOptions
 from tests import tiny_models as tiny
@@ -178,6 +181,24 @@ def test_a_tuned_tower_comes_back_at_its_size(
     again = VisionLanguageModel.from_pretrained(tmp_path)
     assert again.transform == model.transform and again.image_tokens == model.image_tokens
     torch.testing.assert_close(features(again.vision), after, rtol=1e-5, atol=1e-5)
+
+
+def test_what_training_takes_is_worked_out_without_values(
+    family: Family, weights: str, language: str
+) -> None:
+    """`mmtune check` rehearses a step on an outline: no tower may look into a tensor."""
+    options = ModelOptions(
+        vision=VisionOptions(family.tower, weights, image_size=family.other),
+        connector=ConnectorOptions("linear"),
+        language=LanguageOptions(language),
+    )
+    with torch.device("meta"):
+        outline = outline_of(options)
+        for part, tuner in (("vision", FullOptions(0.1)), ("connector", FullOptions(0.1))):
+            tuner.make().attach(outline, part)
+        FrozenOptions().make().attach(outline, "language")
+    passes = rehearse(outline, Shape(samples=1, tokens=60, pictures=2, supervised=3), False, True)
+    assert passes.peak > 0
 
 
 def test_every_attention_gives_the_same_and_training_mode_too(family: Family, weights: str) -> None:

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import open_clip
 import pytest
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -413,6 +416,24 @@ def test_the_way_pictures_are_prepared(tmp_path: Path) -> None:
         assert (each.resample, each.own_fit, each.crop_pct) == ("bilinear", "squash", 1.0)
     with pytest.raises(UserError, match="unknown interpolation 'box'"):
         OpenClipTower.load(save(tmp_path, model, preprocess={"interpolation": "box"}), -2, FP32)
+
+
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash", "longest"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_pixels_are_those_of_open_clip(tmp_path: Path, resize_mode: str, interpolation: str) -> None:
+    """With `fit: own`, which is its transform for evaluation; `longest` leaves black bars, which is none."""
+    said = {"resize_mode": resize_mode, "interpolation": interpolation}
+    tower = OpenClipTower.load(save(tmp_path, whole(), preprocess=said), -2, FP32)
+    if resize_mode == "longest":
+        with pytest.raises(UserError, match="own transform makes no squares"):
+            tower.transform("own")
+        return
+    theirs = image_transform_v2(PreprocessCfg(size=SIZE, **said), is_train=False)
+    for shape in [(50, 31), (31, 50), (24, 24), (9, 40), (200, 131)]:
+        drawn = np.random.default_rng(0).integers(0, 256, (*shape[::-1], 3), np.uint8)
+        found = torch.from_numpy(tower.transform("own")(Image.fromarray(drawn)))[None]
+        expected: Any = theirs(Image.fromarray(drawn))
+        torch.testing.assert_close(tower.normalise(found, FP32)[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_saved_and_loaded_bit_for_bit(tmp_path: Path) -> None:

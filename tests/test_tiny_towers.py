@@ -17,7 +17,7 @@ from mmtune.parts.vision.base import VisionTower
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "tiny" / "towers"
 SHIPPED = share("data") / "tiny" / "towers"
 KINDS = {"contrastive": "open_clip", "supervised": "timm", "self_supervised": "dinov2"}
-FAMILIES = {"contrastive": "open_clip", "supervised": "timm", "random": "timm"}  # of those that ship
+FAMILIES = {**KINDS, "random": "timm"}  # of those that ship
 
 
 @pytest.fixture(scope="module")

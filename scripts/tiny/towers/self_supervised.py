@@ -1,8 +1,9 @@
 """A DINOv2 of transformers that learns from pictures alone: to know a cell again when it is seen anew.
 
-Two views of each picture are moved by a pixel, tinted and sprinkled with noise, and one is rolled by whole
-cells, so that its place says nothing of a cell. Each token of one view is to be found among all those of the
-other. Source: SimCLR (Chen et al., ICML 2020), here on each token as in DenseCL (Wang et al., CVPR 2021).
+Each picture is seen twice, moved by a pixel, tinted and sprinkled with noise; the second time the cells of
+all pictures are shuffled, so that neither its place nor its neighbours tell a cell. Each token of one view is
+to be found among all those of the other. Source: SimCLR (Chen et al., ICML 2020), here on each token as in
+DenseCL (Wang et al., CVPR 2021).
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from pictures import MEAN, PATCH, SIDE, STD, WIDTH, Pictures, descend, normalise
 from torch import nn
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
-STEPS = 1_000
-GRID = SIDE // PATCH
+STEPS = 2_000
 TEMPERATURE = 0.1
 
 
@@ -36,20 +36,33 @@ def new() -> Any:
 def train(model: Any, pictures: Pictures, steps: int) -> float:
     head = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
 
-    def tokens(pixels: torch.Tensor, rolled: tuple[int, int]) -> torch.Tensor:
-        view = seen_anew(pixels).roll([PATCH * cells for cells in rolled], (2, 3))
+    def tokens(pixels: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        view = joined(cut(seen_anew(pixels))[order])
         states = model(normalised(view), output_hidden_states=True).hidden_states[-1][:, 1:]
-        back = states.unflatten(1, (GRID, GRID)).roll([-cells for cells in rolled], (1, 2))
-        return nn.functional.normalize(head(back).flatten(0, 2), dim=1)
+        return nn.functional.normalize(head(states).flatten(0, 1), dim=1)
 
     def loss(batch: torch.Tensor) -> torch.Tensor:
         pixels = pictures.pixels[batch].float()
-        down, right = torch.randint(GRID, (2,)).tolist()
-        one, other = tokens(pixels, (0, 0)), tokens(pixels, (down, right))
-        alike, own = one @ other.T / TEMPERATURE, torch.arange(len(one))
-        return (nn.functional.cross_entropy(alike, own) + nn.functional.cross_entropy(alike.T, own)) / 2
+        plain = torch.arange(len(cut(pixels)))
+        order = plain[torch.randperm(len(plain))]
+        alike = tokens(pixels, order) @ tokens(pixels, plain).T / TEMPERATURE
+        found, back = (
+            nn.functional.cross_entropy(*pair) for pair in ((alike, order), (alike.T, order.argsort()))
+        )
+        return (found + back) / 2
 
     return descend(loss, [*model.parameters(), *head.parameters()], len(pictures), steps, batch_size=32)
+
+
+def cut(pixels: torch.Tensor) -> torch.Tensor:
+    """[N, 3, 64, 64] -> the cells [N * 16, 768]."""
+    return nn.functional.unfold(pixels, PATCH, stride=PATCH).mT.flatten(0, 1)
+
+
+def joined(cells: torch.Tensor) -> torch.Tensor:
+    """The way back."""
+    by_picture = cells.unflatten(0, (-1, (SIDE // PATCH) ** 2)).mT
+    return nn.functional.fold(by_picture, SIDE, PATCH, stride=PATCH)
 
 
 def seen_anew(pixels: torch.Tensor) -> torch.Tensor:

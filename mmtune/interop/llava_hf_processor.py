@@ -76,7 +76,7 @@ def compare_processor(
     row is the processor on torchvision, which transformers takes where it is installed; it resizes otherwise
     than PIL, so any difference is allowed.
     """
-    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     drawn = iter(pictures())
     different = total = 0
     shown = []
@@ -88,7 +88,9 @@ def compare_processor(
         shown += [made["pixel_values"]] if "pixel_values" in made else []
     rows = [Compared("ids, its chat template", different, different / total, total - different, total, 0.0)]
     rows.append(_pixels("pixels, its processor", pixels, torch.cat(shown)[: len(pixels)], PIXELS))
-    fast = AutoProcessor.from_pretrained(folder, backend="torchvision").image_processor
+    fast = AutoProcessor.from_pretrained(
+        folder, backend="torchvision", trust_remote_code=False
+    ).image_processor
     made = fast(pictures()[: len(pixels)], return_tensors="pt")
     rows.append(_pixels("pixels, on torchvision", pixels, made["pixel_values"], None))
     return rows

@@ -96,7 +96,7 @@ class Source:
                 "connector": CONNECTORS.load(self.connector)(
                     self.vision.hidden_size, self.language.hidden_size
                 ),
-                "language": AutoModelForCausalLM.from_config(self.language),
+                "language": AutoModelForCausalLM.from_config(self.language, trust_remote_code=False),
             }
         faults = []
         for part in PARTS:

@@ -14,10 +14,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mmtune.core.config import Source, parse
+from mmtune.core.config import Source
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, replacing_folder, shipped, write_text
-from mmtune.core.table import allow, refuse_unasked
+from mmtune.core.table import allow
 from mmtune.parts.connector.base import new_connector, saved_connector
 from mmtune.parts.known import config_of, is_known
 from mmtune.parts.loading import load_config
@@ -30,6 +30,7 @@ from mmtune.parts.spec import (
     LanguageOptions,
     ModelOptions,
     VisionOptions,
+    options_in,
     saved_part,
 )
 
@@ -176,8 +177,7 @@ def _connector(text: str) -> ConnectorOptions:
         if (part := _saved(text, "connector")) is not None:
             return part
         kind = saved_connector(Path(text))["kind"]
-        refuse_unasked(kind, Path(text) / "config.json")
-        return ConnectorOptions(kind, weights=text)
+        return _checked("connector", {"kind": kind, "weights": text}, Path(text) / "config.json")
     match = re.fullmatch(r"([^{]+?)(?::\s*(\{.*\}))?", text, re.DOTALL)
     try:
         options = yaml.safe_load(match[2]) if match and match[2] else None
@@ -203,9 +203,7 @@ def _saved(name: str, part: str) -> Any:
         tree = read_json(folder / PART_FILE)
         if not isinstance(tree, dict) or tree.pop("part", None) != part:
             raise UserError(f"this is no {part}", where=folder / PART_FILE)
-        refuse_unasked(str(tree.get("tower")), folder / PART_FILE)
-        kind = {"vision": VisionOptions, "language": LanguageOptions, "connector": ConnectorOptions}[part]
-        return parse(kind, Source.parsed(folder / PART_FILE, {**tree, "weights": name}))
+        return _checked(part, {**tree, "weights": name}, folder / PART_FILE)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     if not isinstance(config, dict) or config.get("mmtune") != FORMAT_VERSION:
         return None
@@ -213,6 +211,13 @@ def _saved(name: str, part: str) -> Any:
         mend = f"Merge it first: mmtune export {name} DST --to {part}."
         raise UserError(f"its {part} has an adapter", where=name, mend=mend)
     return getattr(read_options(name), part)
+
+
+def _checked(part: str, fields: dict[str, Any], file: Path) -> Any:
+    source = Source.parsed(file, fields)
+    options = options_in(part, fields, source)
+    source.finish()
+    return options
 
 
 def _family(name: str) -> str:

@@ -32,6 +32,7 @@ from mmtune.parts.loading import (
     recompute_activations,
     refusals,
     split_layers,
+    unloadable,
 )
 from mmtune.parts.quantized import dequantize, forget_quantization, load_quantized
 
@@ -103,7 +104,7 @@ class LanguageModel(nn.Module):
         vocabulary = max(tokens.get_vocab().values()) + 1  # more than len(tokens) where ids are left out
         made = new_config(CONFIG_MAPPING[model_type], fields, where, vocab_size=vocabulary, **special)
         with refusals(where):
-            hf = AutoModelForCausalLM.from_config(made)
+            hf = AutoModelForCausalLM.from_config(made, trust_remote_code=False)
         return cls(hf, tokens)
 
     def save(self, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -201,8 +202,10 @@ def load_tokenizer(where: str, config: PretrainedConfig | None = None) -> PreTra
             # As its tokenizer.json has it. By the model_type, such as qwen2, AutoTokenizer would take a class
             # of the family's, which may add a token.
             return PreTrainedTokenizerFast.from_pretrained(where)
-        return AutoTokenizer.from_pretrained(where, config=config)
+        return AutoTokenizer.from_pretrained(where, config=config, trust_remote_code=False)
     except Exception as error:  # a broken tokenizer.json makes tokenizers raise nothing narrower
+        if "trust_remote_code" in str(error):
+            raise unloadable(where, error) from None
         said = " ".join(str(error).split())[:300]
         raise UserError(
             f"no tokenizer can be loaded: {said}", where=where, mend="Name a folder or model that has one."

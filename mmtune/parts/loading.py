@@ -24,6 +24,7 @@ from mmtune.core.table import nearest
 getLogger("bitsandbytes.backends").setLevel(ERROR)
 
 _NOWHERE = "There is no such folder, and no such model on the hub."
+BRINGS_CODE = "it needs code that it brings along, which mmtune does not run"
 
 
 def from_pretrained(cls: Any, weights: str, **options: Any) -> Any:
@@ -42,7 +43,12 @@ def from_pretrained(cls: Any, weights: str, **options: Any) -> Any:
     logging.set_verbosity_error()
     try:
         model, report = cls.from_pretrained(
-            weights, weights_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            weights,
+            weights_only=True,
+            trust_remote_code=False,  # left out, transformers would ask on stdin
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise unloadable(weights, error) from None
@@ -109,7 +115,7 @@ def _whole_adapter(folder: Path) -> Iterator[None]:
 def load_config(weights: str) -> PretrainedConfig:
     """The transformers config of a folder or hub name. Raises UserError where there is none."""
     try:
-        return AutoConfig.from_pretrained(weights)
+        return AutoConfig.from_pretrained(weights, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise unloadable(weights, error) from None
 
@@ -192,13 +198,16 @@ def _outline(cls: Any, weights: str, config: PretrainedConfig | None) -> Any:
                 pass
         except (OSError, SafetensorError) as error:
             raise UserError(f"not a whole safetensors file: {error}", where=file) from None
-    make = getattr(cls, "from_config", cls)
+    config = config or load_config(weights)
+    auto = {"trust_remote_code": False} if hasattr(cls, "from_config") else {}
     with refusals(weights):
-        return make(config or load_config(weights))
+        return getattr(cls, "from_config", cls)(config, **auto)
 
 
 def unloadable(weights: str, error: Exception) -> UserError:
     """The error for a folder or a model of the hub of which a file cannot be had or read."""
+    if "trust_remote_code" in str(error):
+        return UserError(BRINGS_CODE, where=weights, mend="Name a model of a family that transformers has.")
     there = Path(weights).exists()
     mend = "Copy the folder anew; it must be whole." if there else _NOWHERE
     return UserError(f"cannot be loaded: {str(error).splitlines()[0]}", where=weights, mend=mend)

@@ -16,10 +16,9 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from mmtune.core.config import Source, build, to_dict
+from mmtune.core.config import Source, to_dict
 from mmtune.core.errors import UserError
 from mmtune.core.files import read_json, shipped, write_json
-from mmtune.core.table import refuse_unasked
 from mmtune.data.batches import Batch
 from mmtune.data.chat import IGNORE, IMAGE_ID, Chat, Turn
 from mmtune.parts.attention import IMPLEMENTATIONS, attention_for
@@ -31,10 +30,10 @@ from mmtune.parts.shapes import require_fit
 from mmtune.parts.spec import (
     PARTS,
     TOWERS,
-    ConnectorOptions,
     LanguageOptions,
     ModelOptions,
     VisionOptions,
+    options_in,
     quantization,
 )
 from mmtune.parts.vision.base import VisionTower
@@ -366,8 +365,7 @@ def write_quantized(base: str | Path, quantize: str, folder: Path) -> None:
 def read_options(folder: str | Path) -> ModelOptions:
     """The options a model folder was saved with, its relative paths resolved.
 
-    Raises UserError; also for a folder that names code outside the package which nobody here has named: it
-    may come from anywhere, and opening it must not run what it says.
+    Raises UserError.
     """
     folder = shipped(folder)
     if not folder.is_dir():
@@ -375,17 +373,15 @@ def read_options(folder: str | Path) -> ModelOptions:
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or config.get("mmtune") != FORMAT_VERSION:
         raise not_ours(folder)
-    kinds = {"vision": VisionOptions, "connector": ConnectorOptions, "language": LanguageOptions}
     source = Source.parsed(folder / "config.json", config)
     parts = {}
-    for name, kind in kinds.items():
+    for name in PARTS:
         fields = config.get(name)
         if isinstance(fields, dict):
-            refuse_unasked(str(fields.get("tower", fields.get("kind"))), folder / "config.json")
             if not isinstance(fields.get("adapter", ""), str):
                 source.fault((name, "adapter"), "expected the path of a folder")
             fields = {key: value for key, value in fields.items() if key != "adapter"}
-        parts[name] = build(kind, fields, (name,), source)
+        parts[name] = options_in(name, fields, source, (name,))
     source.finish()
     for options in parts.values():
         for key in REFERENCES & vars(options).keys():

@@ -18,7 +18,7 @@ from mmtune.core.errors import Fault, UserError
 from mmtune.parts.connector.base import WHERE, Connector, new_connector
 from mmtune.parts.known import config_of, is_known
 from mmtune.parts.language import LanguageModel, load_tokenizer
-from mmtune.parts.loading import from_pretrained, refusals
+from mmtune.parts.loading import BRINGS_CODE, from_pretrained, refusals
 from mmtune.parts.spec import TOWERS, ConnectorOptions, LanguageOptions, ModelOptions, VisionOptions
 from mmtune.parts.vision.base import VisionTower
 
@@ -86,12 +86,14 @@ def language_of_config(options: LanguageOptions) -> LanguageModel:
     fields = config_of(str(options.weights)) if options.config is None else options.config
     where = str(options.weights or options.tokenizer)
     if fields.get("model_type") not in CONFIG_MAPPING:
-        raise UserError(f"transformers knows no model_type {fields.get('model_type')!r}", where=where)
+        what = f"transformers knows no model_type {fields.get('model_type')!r}"
+        what += f", and {BRINGS_CODE}" if "auto_map" in fields else ""
+        raise UserError(what, where=where, mend="Name a model of a family that transformers has.")
     if options.config is not None and "vocab_size" not in fields:
         fields = {**fields, "vocab_size": len(load_tokenizer(str(options.tokenizer)))}
     with refusals(where):
         config = CONFIG_MAPPING[fields["model_type"]](**of_family(fields))
-        return LanguageModel(AutoModelForCausalLM.from_config(config), None)  # type: ignore[arg-type]
+        return LanguageModel(AutoModelForCausalLM.from_config(config, trust_remote_code=False), None)  # type: ignore[arg-type]
 
 
 def of_family(fields: dict[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from mmtune.core.config import Report
+from mmtune.core.config import Path_, Report, Source, build
 from mmtune.core.files import read_json, shipped
-from mmtune.core.table import Table, nearest
+from mmtune.core.table import Table, nearest, refuse_unasked
 from mmtune.data.chat import FORMATS
 from mmtune.parts.foreign import how_to_import
 
@@ -163,6 +163,22 @@ class ModelOptions:
         if self.language and self.language.quantize not in (None, self.quantize or self.language.quantize):
             what = f"{self.quantize}, but language.quantize is {self.language.quantize}"
             fault("quantize", what, "Give one of the two.")
+
+
+def options_in(part: str, fields: Any, source: Source, key: Path_ = ()) -> Any:
+    """A part's options as a file of a model's or a part's folder has them, under `key`; None with faults
+    gathered in `source`.
+
+    Raises UserError where they name code outside the package which nobody here has named: the folder may come
+    from anywhere, and opening it must not run what it says.
+    """
+    for option in ("tower", "kind"):
+        if isinstance(fields, dict):
+            refuse_unasked(str(fields.get(option)), source.path)
+    return build(_OPTIONS[part], fields, key, source)
+
+
+_OPTIONS = {"vision": VisionOptions, "connector": ConnectorOptions, "language": LanguageOptions}
 
 
 def quantization(model: ModelOptions) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,30 @@ def test_what_the_command_refuses(folder: Path, tmp_path: Path, changes: dict[st
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["assemble", "check"])
+def test_code_that_a_language_model_brings_along_is_not_run(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    evil, ran = tmp_path / "evil", tmp_path / "ran"
+    shutil.copytree(folder / "lm", evil)
+    code = {"AutoConfig": "code.Own", "AutoModelForCausalLM": "code.Own", "AutoTokenizer": ["code.Own", None]}
+    for name in ("config.json", "tokenizer_config.json"):
+        own = {"model_type": "own", "tokenizer_class": "Own", "auto_map": code}
+        write_json(evil / name, {**json.loads((evil / name).read_text()), **own})
+    (evil / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    parts = ["--vision", str(folder / "clip"), "--connector", "linear"]
+    asked = {"check": ["check"], "assemble": ["assemble", *parts, str(tmp_path / "out")]}[command]
+    assert main([*asked, "--language", str(evil)]) == 2
+    said = capsys.readouterr()
+    assert "it needs code that it brings along, which mmtune does not run" in said.err
+    assert "trust_remote_code" not in said.out + said.err and not ran.exists()
+
+
 def test_a_folder_is_never_overwritten_nor_a_saved_part_s_code_run(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +167,7 @@ def test_a_folder_is_never_overwritten_nor_a_saved_part_s_code_run(
     write_json(tmp_path / "connector" / "config.json", described)
     with pytest.raises(UserError, match=r"code outside mmtune, os\.path:Evil"):
         assemble_folder(asked(folder, connector=str(tmp_path / "connector")), tmp_path / "out")
-    write_json(tmp_path / "tower" / "part.json", {"part": "vision", "tower": "os.path:Evil"})
-    with pytest.raises(UserError, match=r"code outside mmtune, os\.path:Evil"):
-        assemble_folder(asked(folder, vision=str(tmp_path / "tower")), tmp_path / "out")
+    for part, option in (("vision", "tower"), ("connector", "kind")):
+        write_json(tmp_path / part / "part.json", {"part": part, option: "os.path:Evil"})
+        with pytest.raises(UserError, match=r"part\.json: it names code outside mmtune, os\.path:Evil"):
+            assemble_folder(asked(folder, **{part: str(tmp_path / part)}), tmp_path / "out")

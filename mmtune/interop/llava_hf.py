@@ -25,6 +25,7 @@ from mmtune.interop.weights import Stored, checkpoint
 from mmtune.parts.foreign import layer_from_the_end, unfitting_llava_hf
 from mmtune.parts.language import load_tokenizer
 from mmtune.parts.loading import load_config
+from mmtune.parts.vision.pixels import image_processor
 
 _NAMES = (
     (re.compile(r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)"), "vision", r"\1"),
@@ -131,11 +132,7 @@ def _pictures(
     folder: Path, side: int, wanted: Wanted
 ) -> tuple[Literal["pad", "crop"], tuple[float, ...], tuple[float, ...], list[str]]:
     """(fit, mean, std, notes) by its image processor. Raises UserError for what mmtune's pictures are not."""
-    file = folder / "preprocessor_config.json"
-    said = read_json(file) if file.is_file() else {}
-    if not said and (folder / "processor_config.json").is_file():  # transformers 5 keeps it in there
-        file = folder / "processor_config.json"
-        said = read_json(file).get("image_processor") or {}
+    said, file = image_processor(str(folder)) or ({}, folder)
     if not said:
         raise UserError(
             "no image processor: neither preprocessor_config.json nor one in processor_config.json",

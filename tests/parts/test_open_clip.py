@@ -416,6 +416,10 @@ def test_the_way_pictures_are_prepared(tmp_path: Path) -> None:
         assert (each.resample, each.own_fit, each.crop_pct) == ("bilinear", "squash", 1.0)
     with pytest.raises(UserError, match="unknown interpolation 'box'"):
         OpenClipTower.load(save(tmp_path, model, preprocess={"interpolation": "box"}), -2, FP32)
+    with pytest.raises(UserError, match=r"(?s)mean is not three numbers.*std has to be above zero"):
+        OpenClipTower.load(save(tmp_path, model, preprocess={"mean": 0.5, "std": [0, 1, 1]}), -2, FP32)
+    with pytest.raises(UserError, match="preprocess_cfg holds fields"):
+        OpenClipTower.load(save(tmp_path, model, preprocess="a"), -2, FP32)
 
 
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash", "longest"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,75 @@ def test_a_transform_that_no_tower_has_is_refused_whole(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         read_pixels(wrote(tmp_path, said), PUBLISHED)
     text = str(refused.value)
-    for part in ("do_normalize is off", "is not 1/255", "resample 4 is none of", "three numbers each"):
+    for part in (
+        "do_normalize is off",
+        "is not 1/255",
+        "resample 4 is none of",
+        "image_mean is not three numbers",
+    ):
         assert part in text
+
+
+def test_the_file_of_transformers_5(tmp_path: Path) -> None:
+    """What CLIPProcessor saves; the older file counts where that says nothing of pictures."""
+    kind = {"image_processor_type": "CLIPImageProcessor"}
+    said = {**kind, "image_mean": [0.1, 0.2, 0.3], "resample": 2, **CROPPED}
+    nested = tmp_path / "processor_config.json"
+    nested.write_text(json.dumps({"processor_class": "CLIPProcessor", "image_processor": said}))
+    wrote(tmp_path, {**kind, "image_mean": [0.4, 0.4, 0.4]})
+    read = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    found = read_pixels(str(tmp_path), PUBLISHED)
+    assert found.mean == tuple(read.image_mean) == (0.1, 0.2, 0.3)
+    assert found[2:] == ("bilinear", "crop", 28 / 32)
+    nested.write_text(json.dumps({"processor_class": "CLIPProcessor"}))
+    assert read_pixels(str(tmp_path), PUBLISHED).mean == (0.4, 0.4, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("said", "fit", "crop_pct"),
+    [
+        ({"size": {"shortest_edge": 24}}, "crop", 224 / 256),
+        ({"size": {"shortest_edge": 24}, "do_center_crop": True}, "crop", 224 / 256),
+        ({"size": 24}, "crop", 224 / 256),
+        ({"do_center_crop": False}, None, 1.0),
+        ({"size": {"longest_edge": 24}}, None, 1.0),
+        ({"size": {"longest_edge": 24}, "crop_size": 24}, None, 1.0),
+        ({"size": {"shortest_edge": 24, "longest_edge": 24}}, None, 1.0),
+        ({"size": {"height": 24, "width": 24, "shortest_edge": None}}, "squash", 1.0),
+    ],
+)
+def test_where_a_family_that_crops_is_silent(
+    tmp_path: Path, said: dict[str, Any], fit: str | None, crop_pct: float
+) -> None:
+    found = read_pixels(wrote(tmp_path, said), Pixels(GREY, GREY, "bicubic", "crop", 224 / 256))
+    assert (found.own_fit, found.crop_pct) == (fit, crop_pct)
+
+
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [
+        ({"image_mean": 0.5}, "image_mean is not three numbers: 0.5"),
+        ({"image_mean": ["a", "b", "c"]}, "image_mean is not three numbers"),
+        ({"image_std": [0.5, 0.5, 0]}, "image_std has to be above zero"),
+        ({"rescale_factor": "x"}, "rescale_factor 'x' is not 1/255"),
+        ({"resample": [3]}, r"resample \[3\] is none of"),
+        ({"size": {}}, r"size {} is neither a whole number of pixels nor {height, width} or {shortest_edge}"),
+        ({"size": "24"}, "size '24' is neither"),
+        ({"size": [24, 24]}, r"size \[24, 24\] is neither"),
+        ({"size": {"shortest_edge": None}}, "size {'shortest_edge': None} is neither"),
+        ({"size": 0, "crop_size": 24}, "size 0 is neither"),
+        (
+            {"crop_size": [24, 24]},
+            r"crop_size \[24, 24\] is neither a whole number of pixels nor {height, width}$",
+        ),
+        ({"do_center_crop": "yes"}, "do_center_crop is 'yes'"),
+        ([], "not the fields of an image processor"),
+        (None, "not the fields of an image processor"),
+    ],
+)
+def test_a_file_that_makes_no_sense(tmp_path: Path, said: Any, what: str) -> None:
+    with pytest.raises(UserError, match=re.compile(what, re.MULTILINE)):
+        read_pixels(wrote(tmp_path, said), PUBLISHED)
 
 
 @pytest.mark.parametrize("named", ["clip", "siglip", "dinov3"])

@@ -284,3 +284,36 @@ def test_it_says_so_where_timm_is_not_installed(monkeypatch: pytest.MonkeyPatch)
     faults: list[tuple[str, ...]] = []
     VisionOptions("timm", "somewhere").check(lambda *fault: faults.append(fault))
     assert faults == [("tower", "timm is not installed", "pip install 'mmtune[timm]'")]
+
+
+def test_its_own_size_need_be_no_multiple_of_the_patch() -> None:
+    """384 pixels are 27 patches of 14 and a rest, in so400m."""
+    config = {"architecture": "vit_tiny_patch16_224", **SMALL, "img_size": 30}
+    own, asked = (TimmTower.create(config, -1, side) for side in (None, 30))
+    assert (own.image_size, own.tokens) == (asked.image_size, asked.tokens) == (30, 9)
+    with pytest.raises(UserError, match="image_size 31 is no multiple of the patch"):
+        TimmTower.create(config, -1, 31)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        (
+            {"pretrained_cfg": {"mean": ["a", "b", "c"], "std": [0, 1, 1]}},
+            "(?s)mean is not three.*std has to be above",
+        ),
+        ({"pretrained_cfg": {"crop_pct": -1}}, "crop_pct -1 is not a number above zero"),
+        ({"pretrained_cfg": None}, "model_args and pretrained_cfg hold fields"),
+        ({"model_args": [1]}, "model_args and pretrained_cfg hold fields"),
+        (
+            {"model_args": {"checkpoint_path": "x", "pretrained": True}},
+            "checkpoint_path, pretrained: not an arg",
+        ),
+        ({"model_args": {**SMALL, "img_size": 4}}, "a picture has no tokens"),
+        ({"model_args": {**SMALL, "depth": 0}}, "a tower without layers"),
+    ],
+)
+def test_a_config_that_makes_no_sense(changes: dict[str, Any], what: str) -> None:
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": SMALL, "pretrained_cfg": {}}
+    with pytest.raises(UserError, match=what):
+        TimmTower.create({**config, **changes}, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -124,6 +125,8 @@ def layers_up_to(layer: int, count: int, where: str) -> int:
     """How many of a tower's `count` layers are used where `layer`, -1 for the last, is the one whose output
     is taken. Raises UserError where there is none.
     """
+    if count < 1:
+        raise UserError("a tower without layers", where=where, mend="Correct its config.")
     used = count + 1 + layer
     if layer >= 0 or used < 1:
         raise UserError(
@@ -140,6 +143,32 @@ def side_of(size: Any, name: str, where: str) -> int:
     if len(set(sides)) != 1 or not isinstance(sides[0], int) or sides[0] < 1:
         raise UserError(f"{name}: expected the side of a square in pixels, found {size}", where=where)
     return sides[0]
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number, of a JSON file for instance; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def unfit_colours(mean: Any, std: Any, prefix: str = "") -> list[str]:
+    """What keeps a file's mean and std from being three numbers each, std's above zero. prefix: of the names
+    that the file has for them.
+    """
+    faults = []
+    for name, values in (("mean", mean), ("std", std)):
+        if not isinstance(values, list | tuple) or len(values) != 3 or not all(map(is_number, values)):
+            faults.append(f"{prefix}{name} is not three numbers: {values!r}")
+        elif name == "std" and min(values) <= 0:
+            faults.append(f"{prefix}std has to be above zero: {values!r}")
+    return faults
+
+
+def require_tokens(tokens: int, side: int, patch: int, where: str) -> int:
+    """The tokens of a picture. Raises UserError where there is none."""
+    if tokens < 1:
+        what = f"image_size {side} is smaller than a patch, {patch} pixels: a picture has no tokens"
+        raise UserError(what, where=where, mend="Choose an image_size of several patches.")
+    return tokens
 
 
 def require_whole_patches(side: int, patch: int, where: str) -> None:

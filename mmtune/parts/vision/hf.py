@@ -12,7 +12,13 @@ from mmtune.core.errors import UserError
 from mmtune.core.files import write_json
 from mmtune.parts.loading import from_pretrained, load_config, new_config, own_weights, refusals
 from mmtune.parts.spec import MODEL_TYPES
-from mmtune.parts.vision.base import VisionTower, layers_up_to, require_whole_patches, side_of
+from mmtune.parts.vision.base import (
+    VisionTower,
+    layers_up_to,
+    require_tokens,
+    require_whole_patches,
+    side_of,
+)
 from mmtune.parts.vision.pixels import FILE, Pixels, read_pixels, said_of
 
 
@@ -39,7 +45,9 @@ class TransformersTower(VisionTower):
         self.patch = side_of(hf.config.patch_size, "patch_size", "config.json")
         self.prefix = int(self.has_cls) + getattr(hf.config, "num_register_tokens", 0)
         self.image_size = self.side()
-        self.tokens = (self.image_size // self.patch) ** 2
+        self.tokens = require_tokens(
+            (self.image_size // self.patch) ** 2, self.image_size, self.patch, "config.json"
+        )
         self.mean, self.std, self.resample, self.own_fit, self.crop_pct = pixels
 
     @classmethod

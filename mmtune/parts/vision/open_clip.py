@@ -20,7 +20,14 @@ from mmtune.core.errors import Fault, UserError
 from mmtune.core.files import read_json, replacing, write_json
 from mmtune.core.table import nearest
 from mmtune.parts.loading import own_weights, refusals, require_weights
-from mmtune.parts.vision.base import VisionTower, layers_up_to, require_whole_patches, side_of
+from mmtune.parts.vision.base import (
+    VisionTower,
+    layers_up_to,
+    require_tokens,
+    require_whole_patches,
+    side_of,
+    unfit_colours,
+)
 from mmtune.parts.vision.open_clip_names import hub_name, model_named, model_of, split_name, with_timm
 from mmtune.parts.vision.stored import file_in, folder_of, read_tensors
 
@@ -132,7 +139,7 @@ class OpenClipTower(VisionTower):
         if not isinstance(model, dict) or not isinstance(model.get("vision_cfg"), dict):
             raise UserError("it holds no model_cfg with a vision_cfg", where=where, mend=_MEND)
         used = {name: value for name, value in model["vision_cfg"].items() if name not in _NO_EFFECT}
-        return {**used, "quick_gelu": bool(model.get("quick_gelu", False))}
+        return {**used, "quick_gelu": model.get("quick_gelu", False)}
 
     @classmethod
     def known_fields(cls, weights: str) -> dict[str, Any] | None:
@@ -170,6 +177,8 @@ class OpenClipTower(VisionTower):
         if side is not None and side != vision_cfg.image_size:
             require_whole_patches(side, int(vision_cfg.patch_size), where)
             vision_cfg.image_size = side
+        shown, patch = int(vision_cfg.image_size), int(vision_cfg.patch_size)
+        require_tokens((shown // patch) ** 2, shown, patch, where)
         with refusals(where, "open_clip"):
             return cls(vision_cfg, quick_gelu, preprocess)
 
@@ -258,7 +267,12 @@ def _cut(fields: dict[str, Any], layer: int, where: str) -> CLIPVisionCfg:
 
 
 def _preprocessing(config: dict[str, Any], where: str) -> dict[str, Any]:
-    said = {name: value for name, value in (config.get("preprocess_cfg") or {}).items() if value is not None}
+    stated = config.get("preprocess_cfg") or {}
+    if not isinstance(stated, dict):
+        raise UserError("preprocess_cfg holds fields", where=where, mend=_WHOLE)
+    said = {name: value for name, value in stated.items() if value is not None}
+    if faults := unfit_colours(said.get("mean", OPENAI_DATASET_MEAN), said.get("std", OPENAI_DATASET_STD)):
+        raise UserError.of(Fault(what, where, _WHOLE) for what in faults)
     if said.get("interpolation", "bicubic") not in ("bicubic", "bilinear", "random"):
         raise UserError(f"unknown interpolation {said['interpolation']!r}", where=where, mend=_WHOLE)
     return said

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -15,19 +16,28 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mmtune.core.errors import UserError
+from mmtune.core.errors import Fault, UserError
 from mmtune.core.files import read_json, replacing, write_json
 from mmtune.core.table import nearest
 from mmtune.data.image import Resample
 from mmtune.parts.loading import own_weights, refusals, require_weights
 from mmtune.parts.spec import MODEL_TYPES
-from mmtune.parts.vision.base import VisionTower, layers_up_to, require_whole_patches, side_of
+from mmtune.parts.vision.base import (
+    VisionTower,
+    is_number,
+    layers_up_to,
+    require_tokens,
+    require_whole_patches,
+    side_of,
+    unfit_colours,
+)
 from mmtune.parts.vision.stored import file_in, folder_of, read_tensors
 
 try:
     import timm
     from timm.data import resolve_data_config
     from timm.layers import PatchEmbed
+    from timm.models import build_model_with_cfg
     from timm.models.beit import Beit
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
@@ -40,6 +50,7 @@ except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision buil
 
 CONFIG, FILES = "config.json", ("model.safetensors", "pytorch_model.bin")
 _MEND = f"Name a folder with {CONFIG} and {' or '.join(FILES)}, or a hub name such as timm/vit_..."
+_WHOLE = "Correct the file, or copy the folder anew."
 # The models taken, with the arguments by which timm makes one that ends with its last block. Of Beit there
 # is none without a final norm.
 _PLAIN: dict[type, dict[str, Any]] = {
@@ -53,6 +64,8 @@ _NO_EFFECT = {
     *("num_classes", "global_pool", "drop_rate", "patch_drop_rate"),
     *("final_norm", "fc_norm", "use_post_transformer_norm", "use_fc_norm"),
 }
+# What create_model does, and not the model: which weights it reads, from where.
+_NOT_OF_MODELS = {*signature(timm.create_model).parameters, *signature(build_model_with_cfg).parameters}
 _TRANSFORM = ("input_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 _OWN_FIT: dict[str, Any] = {"center": "crop", "squash": "squash"}
 
@@ -74,11 +87,17 @@ class TimmTower(VisionTower):
         self.patch = side_of(self.hf.patch_embed.patch_size, "patch_size", where)
         self.prefix = self.hf.num_prefix_tokens
         self.has_cls = self.hf.cls_token is not None
-        self.pixels = resolve_data_config(pretrained_cfg=self.hf.pretrained_cfg)
-        self.mean, self.std = tuple(self.pixels["mean"]), tuple(self.pixels["std"])
+        with refusals(where, "timm"):
+            self.pixels = resolve_data_config(pretrained_cfg=self.hf.pretrained_cfg)
+            self.mean, self.std = tuple(self.pixels["mean"]), tuple(self.pixels["std"])
         self.resample = self.pixels["interpolation"]
+        faults = unfit_colours(self.mean, self.std)
         if self.resample not in get_args(Resample):
-            raise UserError(f"unknown interpolation {self.resample!r}", where=where)
+            faults.append(f"unknown interpolation {self.resample!r}")
+        if not is_number(self.pixels["crop_pct"]) or self.pixels["crop_pct"] <= 0:
+            faults.append(f"crop_pct {self.pixels['crop_pct']!r} is not a number above zero")
+        if faults:
+            raise UserError.of(Fault(what, where) for what in faults)
         self.own_fit = _OWN_FIT.get(self.pixels["crop_mode"])
         self.crop_pct = self.pixels["crop_pct"]
 
@@ -134,6 +153,8 @@ class TimmTower(VisionTower):
             raise _unfit(architecture, f"one of timm's {file} models", where)
         if "pretrained_cfg" in fields:
             args, transform = fields.get("model_args") or {}, fields["pretrained_cfg"]
+            if not isinstance(args, dict) or not isinstance(transform, dict):
+                raise UserError("model_args and pretrained_cfg hold fields", where=where, mend=_WHOLE)
         elif "input_size" in fields:  # as timm wrote it of old
             args, transform = {}, fields
         else:
@@ -141,6 +162,9 @@ class TimmTower(VisionTower):
             if useless := sorted(fields.keys() & _NO_EFFECT):
                 what = f"{', '.join(useless)}: of no effect on the patches of a layer"
                 raise UserError(what, where=where, mend="Leave it out.")
+        if foreign := sorted((args.keys() & _NOT_OF_MODELS) - _NO_EFFECT):
+            what = f"{', '.join(foreign)}: not an argument of a model, but of how timm loads one"
+            raise UserError(what, where=where, mend="Leave it out.")
         tower = cls(architecture, args, transform, where)
         used = layers_up_to(layer, len(tower.hf.blocks), where)
         tower.hf.prune_intermediate_layers([used - 1], prune_norm=True)
@@ -148,12 +172,13 @@ class TimmTower(VisionTower):
 
     def _resized(self, side: int | None, where: str) -> Self:
         """The tower for pictures of another side, its positions as timm's set_input_size makes them."""
-        if side is not None:
+        if side is not None and (side, side) != self.hf.patch_embed.img_size:
             require_whole_patches(side, self.patch, where)
             self.hf.set_input_size((side, side))
         self.image_size = side_of(self.hf.patch_embed.img_size, "input_size", where)
         # Rounded up where the model pads its pictures, else down.
-        self.tokens = math.prod(self.hf.patch_embed.dynamic_feat_size(self.hf.patch_embed.img_size))
+        tokens = math.prod(self.hf.patch_embed.dynamic_feat_size(self.hf.patch_embed.img_size))
+        self.tokens = require_tokens(tokens, self.image_size, self.patch, where)
         return self
 
     def save(self, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 from mmtune.core.config import Path_, Report, Source, build
@@ -74,6 +75,9 @@ class VisionOptions:
     fit: Literal["pad", "crop", "squash", "own"] = "pad"
     image_size: int | None = None
 
+    def __post_init__(self) -> None:
+        self.weights = _found(self.weights)
+
     def check(self, fault: Report) -> None:
         if self.tower not in TOWERS:
             fault("tower", f"unknown vision tower '{self.tower}'", TOWERS.nearest(self.tower))
@@ -98,6 +102,9 @@ class ConnectorOptions:
     weights: str | None = None
     options: dict[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        self.weights = _found(self.weights)
+
     def check(self, fault: Report) -> None:
         if self.kind not in CONNECTORS:
             fault("kind", f"unknown connector '{self.kind}'", CONNECTORS.nearest(self.kind))
@@ -115,6 +122,10 @@ class LanguageOptions:
     tokenizer: str | None = None
     chat: str = "template"
     quantize: Quantization | None = None
+
+    def __post_init__(self) -> None:
+        self.weights = _found(self.weights)
+        self.tokenizer = _found(self.tokenizer)
 
     def check(self, fault: Report) -> None:
         if self.chat not in FORMATS:
@@ -203,6 +214,12 @@ def saved_part(base: str, part: str) -> dict[str, Any]:
 def _check_quantize(quantize: str | None, fault: Report) -> None:
     if quantize and find_spec("bitsandbytes") is None:
         fault("quantize", "bitsandbytes is not installed", "pip install 'mmtune[quantized]'")
+
+
+def _found(name: str | None) -> str | None:
+    """What ships with mmtune under `name`, where nothing of that name is here; otherwise `name` as it is."""
+    place = shipped(name) if name else None
+    return name if place is None or place == Path(str(name)) else str(place)
 
 
 def _weights_or_config(weights: str | None, config: dict[str, Any] | None, fault: Report) -> None:

@@ -6,6 +6,7 @@ would land on.
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -58,10 +59,12 @@ def _described(language: LanguageModel) -> list[str]:
     hf, tokenizer = language.hf, language.tokenizer
     embeddings, head = hf.get_input_embeddings(), hf.get_output_embeddings()
     spare = embeddings.num_embeddings - len(tokenizer)
+    limit = language.context
+    longest = f"up to {limit:,} tokens" if limit < math.inf else "no longest context in its config"
     tied = "tied to the embeddings" if head.weight is embeddings.weight else "its own matrix"
     return [
         f"{hf.config.model_type}: {count(hf):,} parameters, {len(language.layers())} layers, "
-        f"{language.width:,} wide, up to {language.context:,} tokens",
+        f"{language.width:,} wide, {longest}",
         f"embeddings: {embeddings.num_embeddings:,}, of them {spare:,} without a token; the head is {tied}"
         + (", with a bias" if getattr(head, "bias", None) is not None else ""),
     ]

@@ -71,3 +71,12 @@ def test_the_model_that_ships_is_a_base_anywhere(tmp_path: Path, monkeypatch: py
 def test_no_torch_for_options() -> None:
     code = "import sys, mmtune.parts.spec, mmtune.parts; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_parts_that_ship_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tower = VisionOptions("clip", weights="data/tiny/model/vision")
+    assert (Path(str(tower.weights)) / "config.json").is_file()
+    Path("data/tiny/model/vision").mkdir(parents=True)  # one's own comes first
+    assert VisionOptions("clip", weights="data/tiny/model/vision").weights == "data/tiny/model/vision"
+    assert VisionOptions("clip", weights="openai/clip-l").weights == "openai/clip-l"

@@ -19,7 +19,7 @@ from mmtune.core.errors import UserError
 ALLOW = "MMTUNE_ALLOW"  # names, with commas between, that a model folder may have imported
 
 _OUTSIDE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-_NUMBERED = re.compile(r"(\D*)([1-9]\d*)(\D*)")
+_NUMBERED = re.compile(r"(\D*)([1-9][0-9]?)(\D*)")
 _allowed: set[str] = set()
 
 
@@ -38,7 +38,7 @@ def allow(name: str) -> None:
 
 def refuse_unasked(name: str, where: object) -> None:
     """Raises UserError where `name`, read from a model folder, would import code that nobody here named."""
-    if ":" in name and name not in {*_allowed, *os.environ.get(ALLOW, "").split(",")}:
+    if _OUTSIDE.fullmatch(name) and name not in {*_allowed, *os.environ.get(ALLOW, "").split(",")}:
         raise UserError(
             f"it names code outside mmtune, {name}, which would run as the folder is opened",
             where=where,
@@ -50,7 +50,7 @@ class Table:
     """Maps a name to something that lives at `module:attribute`, imported only when it is asked for.
 
     Importing late keeps `--help`, `score` and the faults of a config free of torch. An N in a name stands
-    for any whole number from 1: what lies at its target is called with the number. contract: the
+    for any whole number from 1 to 99: what lies at its target is called with the number. contract: the
     `module:Class` that a part from outside has to be a subclass of. group: of entry points.
     """
 
@@ -75,13 +75,14 @@ class Table:
         """Whether it is known where to look for it; nothing is imported."""
         if self.contract and _OUTSIDE.fullmatch(name):
             return True
-        return name in self._entries or self._family(name) is not None or name in self._installed()
+        return self._is_own(name) or self._family(name) is not None or name in self._installed()
 
     def nearest(self, name: str) -> str:
         """A sentence that helps with an unknown name."""
-        number = re.search(r"[1-9]\d*", name)
-        known = [own.replace("N", number[0]) if number else own for own in self.names()]
-        said = nearest(name, known)
+        numbered = _NUMBERED.fullmatch(name)
+        said = nearest(
+            name, list({own.replace("N", numbered[2] if numbered else "2") for own in self.names()})
+        )
         if self.contract and ":" in name:
             said = "Write MODULE:CLASS, as Python would import it: my_package.my_module:MyClass."
         return said
@@ -92,8 +93,8 @@ class Table:
         Raises UserError that lists the known names, or says what a part from outside lacks.
         """
         family = self._family(name)
-        self._refuse_clash(name, name in self._entries or family is not None, where)
-        if name in self._entries:
+        self._refuse_clash(name, self._is_own(name) or family is not None, where)
+        if self._is_own(name):
             return _at(self._entries[name])
         if family:
             return _at(self._entries[family[0]])(family[1])
@@ -108,6 +109,9 @@ class Table:
                 mend=f"A {self.kind} follows that contract.",
             )
         return made
+
+    def _is_own(self, name: str) -> bool:
+        return name in self._entries and "N" not in name
 
     def _family(self, name: str) -> tuple[str, int] | None:
         match = _NUMBERED.fullmatch(name)

@@ -188,6 +188,8 @@ def _connector(text: str) -> ConnectorOptions:
         raise UserError(what, where="--connector", mend="Write for example 'resampler:{queries: 64}'.")
     if ":" in match[1]:
         allow(match[1])
+    if options is not None:
+        options = {str(name): value for name, value in options.items()}  # YAML has numbers for names too
     made = ConnectorOptions(match[1], options=options)
     faults: list[UserError] = []
     made.check(lambda key, what, mend="", **_: faults.append(UserError(what, where="--connector", mend=mend)))

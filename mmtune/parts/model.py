@@ -22,7 +22,7 @@ from mmtune.core.files import read_json, shipped, write_json
 from mmtune.data.batches import Batch
 from mmtune.data.chat import IGNORE, IMAGE_ID, Chat, Turn
 from mmtune.parts.attention import IMPLEMENTATIONS, attention_for
-from mmtune.parts.connector.base import Connector, new_connector
+from mmtune.parts.connector.base import Connector, miscounted, new_connector
 from mmtune.parts.fingerprint import not_ours, quantized_config
 from mmtune.parts.language import LanguageModel
 from mmtune.parts.loading import load_adapter, torch_dtype
@@ -103,7 +103,8 @@ class VisionLanguageModel(nn.Module):
 
         While the tower or the connector trains, and with `every_part`, a batch without pictures sends a blank
         one through them, times zero: every parameter then has a gradient on every process.
-        Raises ValueError where pictures and places differ in number.
+        Raises ValueError where pictures and places differ in number, and UserError where tower or connector
+        give another number of features than they say.
         """
         places = batch.input_ids == IMAGE_ID
         expected = len(batch.images) * self.image_tokens
@@ -113,13 +114,26 @@ class VisionLanguageModel(nn.Module):
             )
         embeddings = self.language.embed(batch.input_ids.masked_fill(places, 0))
         if len(batch.images):
-            features = self.connector(self.vision(batch.images))
+            features = self._seen(batch.images)
             return embeddings.masked_scatter(places.unsqueeze(-1), features.to(embeddings.dtype))
         trains = self.training and torch.is_grad_enabled() and self._sees_gradient()
         if trains or self.every_part:
             side = self.transform.size
             blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=embeddings.device)
-            return embeddings + 0 * self.connector(self.vision(blank)).sum().to(embeddings.dtype)
+            return embeddings + 0 * self._seen(blank).sum().to(embeddings.dtype)
+        return embeddings
+
+    def _seen(self, images: torch.Tensor) -> torch.Tensor:
+        """[N, 3, S, S] -> [N, image_tokens, width]."""
+        features = self.vision(images)
+        if features.shape[1] != self.vision.tokens:
+            raise miscounted(
+                f"{type(self.vision).__name__}, the tower", features.shape[1], self.vision.tokens
+            )
+        embeddings: torch.Tensor = self.connector(features)
+        if embeddings.shape[1] != self.image_tokens:
+            what = f"{self.connector.kind}, the connector"
+            raise miscounted(what, embeddings.shape[1], self.image_tokens)
         return embeddings
 
     def forward(

@@ -15,7 +15,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from mmtune.core.errors import Fault, UserError
-from mmtune.parts.connector.base import WHERE, Connector, new_connector
+from mmtune.parts.connector.base import WHERE, Connector, miscounted, new_connector
 from mmtune.parts.known import config_of, is_known
 from mmtune.parts.language import LanguageModel, load_tokenizer
 from mmtune.parts.loading import BRINGS_CODE, from_pretrained, refusals
@@ -58,6 +58,8 @@ def fitting_connector(options: ConnectorOptions, tower: VisionTower, language: L
     if options.weights is not None and (Path(options.weights) / "config.json").is_file():
         _gather(faults, connector.require_own, Path(options.weights))
     tokens = _gather(faults, connector.tokens, tower.tokens)
+    if tokens is not None:
+        _gather(faults, _require_tokens, connector, tower, tokens)
     if tokens is not None and tokens >= language.context:
         mend = "Choose a connector that gives fewer, such as resampler, or give vision a smaller image_size."
         what = f"a picture is {tokens} tokens, and the language model was made for {language.context:.0f}"
@@ -65,6 +67,16 @@ def fitting_connector(options: ConnectorOptions, tower: VisionTower, language: L
     if faults:
         raise UserError.of(faults)
     return connector
+
+
+def _require_tokens(connector: Connector, tower: VisionTower, tokens: int) -> None:
+    """Raises UserError where a connector gives another number of tokens than it says."""
+    try:
+        given = connector(torch.empty(1, tower.tokens, tower.width)).shape[1]
+    except Exception:  # what takes values cannot be asked without them; the splice looks again
+        return
+    if given != tokens:
+        raise miscounted(f"{connector.kind}, the connector", given, tokens)
 
 
 def tower_of_config(options: VisionOptions) -> VisionTower:

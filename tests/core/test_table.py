@@ -68,6 +68,20 @@ def test_names_are_exact(name: str) -> None:
         Table("tuner", {"lora": "math:pi"}).load(name)
 
 
+@pytest.mark.parametrize("name", ["halves_N", "halves_0", "halves_02", "halves_100", "halves_99999999999"])
+def test_a_numbered_name_has_a_number(name: str) -> None:
+    assert numbers().load("halves_99") == "99 halves"
+    assert name not in numbers()
+    with pytest.raises(UserError, match=rf"unknown number '{name}'\n *.*\bhalves_2\b") as caught:
+        numbers().load(name)
+    assert "N" not in caught.value.faults[0].mend
+
+
+def test_the_known_names_are_told_once() -> None:
+    table = Table("mlp", {"mlp2x": "math:pi", "mlpNx": "math:pow"})
+    assert table.nearest("zzzzzzz") == "Known: mlp2x."
+
+
 def test_a_taken_name_is_a_mistake_of_the_programs() -> None:
     with pytest.raises(ValueError, match="already in the table"):
         Table("tuner", {"lora": "a:b"}).add("lora", "c:d")
@@ -138,6 +152,7 @@ def test_two_packages_may_not_give_one_name(outside: Path) -> None:
 def test_code_is_only_run_where_somebody_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "_allowed", set())
     refuse_unasked("resampler", "DIR")  # a name of a table or of an installed package
+    refuse_unasked(":", "DIR")  # names no code, and no table knows it
     with pytest.raises(
         UserError, match=r"(?s)DIR: it names code outside mmtune, a.b:C, .*MMTUNE_ALLOW=a.b:C"
     ):

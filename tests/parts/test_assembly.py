@@ -120,6 +120,7 @@ def test_a_part_of_a_base_is_replaced_alone(folder: Path, tmp_path: Path) -> Non
         ),
         ({"connector": "resampler:{queries"}, "is neither a folder nor a kind of connector"),
         ({"connector": "resampler:{querie: 2}"}, "unknown option 'querie'"),
+        ({"connector": "pixel_shuffle: {1: 2}"}, "unknown option '1'"),
         ({"vision": "LM"}, "no tower is known to take a model of type llama\n *Say which with --tower"),
         ({"connector": "CLIP"}, "not the config of a connector that mmtune saved"),
         ({"connector": "nowhere.at:All"}, "model.connector.kind: there is no module nowhere"),

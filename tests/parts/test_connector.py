@@ -15,7 +15,9 @@ from mmtune.core.errors import UserError
 from mmtune.parts.connector.base import Connector, new_connector
 from mmtune.parts.connector.linear import LinearConnector
 from mmtune.parts.connector.mlp import MlpConnector
-from mmtune.parts.spec import CONNECTORS, ConnectorOptions
+from mmtune.parts.outline import outline_of
+from mmtune.parts.spec import CONNECTORS, ConnectorOptions, LanguageOptions, ModelOptions, VisionOptions
+from tests.tiny_models import save_language, save_tower
 
 OPTIONS: dict[str, dict[str, int]] = {
     "linear": {},
@@ -25,6 +27,24 @@ OPTIONS: dict[str, dict[str, int]] = {
     "pixel_shuffle": {"scale": 3},
     "resampler": {"queries": 5, "depth": 2, "heads": 2},
 }
+
+
+class Forgetful(Connector):
+    """As from outside; it keeps its option to itself, says a wrong number of tokens, and may break."""
+
+    def __init__(self, vision_width: int, language_width: int, gain: float = 1.0) -> None:
+        super().__init__(vision_width, language_width)
+        self.linear = torch.nn.Linear(vision_width, language_width)
+        self.named = self.kind if gain == 0 else None  # known only once it is made
+
+    def tokens(self, features: int) -> int:
+        return 2
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.linear(features)
+
+
+FORGETFUL = f"{__name__}:Forgetful"
 
 
 def made(kind: str, vision: int = 6, language: int = 10, **options: int) -> Connector:
@@ -185,6 +205,20 @@ def test_every_wrong_option_is_named_at_once() -> None:
         made("resampler", heads=4)
 
 
+def test_what_a_class_from_outside_may_do_wrong() -> None:
+    with pytest.raises(UserError, match=r"does not hand on gain, .*\n *In its __init__: .*, gain=gain\)"):
+        new_connector(ConnectorOptions(FORGETFUL, options={"gain": 2.0}), 6, 10)
+    with pytest.raises(UserError, match=r"refused by .*Forgetful: AttributeError: .* no attribute 'kind'"):
+        new_connector(ConnectorOptions(FORGETFUL, options={"gain": 0.0}), 6, 10)
+
+
+def test_a_wrong_number_of_tokens_is_known_before_weights(tmp_path: Path) -> None:
+    vision, language = save_tower(tmp_path / "tower"), save_language(tmp_path / "lm")
+    parts = VisionOptions("clip", vision), ConnectorOptions(FORGETFUL), LanguageOptions(language)
+    with pytest.raises(UserError, match=r"Forgetful, the connector, says .* gives 2 features .* gives 4"):
+        outline_of(ModelOptions(None, *parts))
+
+
 @pytest.mark.parametrize(
     ("other", "named"),
     [
@@ -216,6 +250,11 @@ def test_broken_folders_are_named(tmp_path: Path) -> None:
     save_file({"linear.weight": weights["linear.weight"]}, file)
     with pytest.raises(UserError, match=r"missing, unknown or of another shape: linear\.bias"):
         connector.load(tmp_path)
+    for broken in ('{"kind": "linear", "options": [1]}', "[]"):
+        (tmp_path / "config.json").write_text(broken)
+        with pytest.raises(UserError, match="not the config of a connector that mmtune saved"):
+            new_connector(ConnectorOptions("linear", weights=str(tmp_path)), 6, 10)
+    connector.save(tmp_path)
     file.write_bytes(b"half a file")
     with pytest.raises(UserError, match="not a whole safetensors file"):
         connector.load(tmp_path)

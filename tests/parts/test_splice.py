@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmtune.core.errors import UserError
 from mmtune.data.batches import Batch, pad
 from mmtune.data.chat import IGNORE, IMAGE_ID
 from mmtune.parts import VisionLanguageModel
@@ -133,3 +134,19 @@ def test_places_and_pictures_must_agree(model: VisionLanguageModel) -> None:
         batch.images = tiny.pictures(count)
         with pytest.raises(ValueError, match="places for"):
             model.splice(batch)
+
+
+def test_no_feature_gets_into_another_s_place(
+    model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a class miscounts, there would be places for some features alone, filled in their order."""
+    batch = pad([[1, *[IMAGE_ID] * 2, 5, *[IMAGE_ID] * 2]], PAD_ID, left=False)
+    batch.images = tiny.pictures(2)
+    monkeypatch.setattr(model, "image_tokens", 2)
+    with pytest.raises(
+        UserError, match=f"mlp2x_gelu, the connector, .* gives 2 .* gives {tiny.IMAGE_TOKENS}"
+    ):
+        model.splice(batch)
+    monkeypatch.setattr(model.vision, "tokens", 2)
+    with pytest.raises(UserError, match=f"ClipTower, the tower, .* gives 2 .* gives {tiny.IMAGE_TOKENS}"):
+        model.splice(batch)

@@ -112,7 +112,8 @@ class Connector(nn.Module):
 
 def new_connector(options: ConnectorOptions, vision_width: int, language_width: int) -> Connector:
     """A connector with random weights. Options that are not given are those of its `weights`, where it has
-    some. Raises UserError with every option that is unknown or of a wrong type.
+    some. Raises UserError with every option that is unknown or of a wrong type, or that its class does not
+    hand on, so that it would not be saved.
     """
     made = CONNECTORS.load(options.kind, f"{WHERE}.kind")
     given = options.options
@@ -123,9 +124,19 @@ def new_connector(options: ConnectorOptions, vision_width: int, language_width: 
         raise UserError.of(faults)
     try:
         connector: Connector = made(vision_width, language_width, **given)
-    except (ValueError, TypeError) as error:  # how a connector from outside may refuse a value
+    except UserError:
+        raise
+    except Exception as error:  # one from outside may refuse a value by any, or be broken
         what = f"refused by {options.kind}: {type(error).__name__}: {error}"
-        raise UserError(what, where=f"{WHERE}.options", mend="Correct the options.") from error
+        raise UserError(what, where=f"{WHERE}.options", mend="Correct the options, or the class.") from error
+    if kept_back := sorted(given.keys() - connector.options.keys()):
+        raise UserError(
+            f"{options.kind} does not hand on {', '.join(kept_back)}, which would not be saved with it",
+            where=f"{WHERE}.options",
+            mend="In its __init__: super().__init__(vision_width, language_width, "
+            + ", ".join(f"{name}={name}" for name in kept_back)
+            + ").",
+        )
     connector.kind = options.kind
     return connector
 
@@ -133,10 +144,20 @@ def new_connector(options: ConnectorOptions, vision_width: int, language_width: 
 def saved_connector(folder: Path) -> dict[str, Any]:
     """What config.json says of a saved connector. Raises UserError."""
     config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or not isinstance(config.get("kind"), str):
+    described = isinstance(config, dict) and isinstance(config.get("kind"), str)
+    if not described or not isinstance(config.get("options", {}), dict):
         what = "not the config of a connector that mmtune saved"
         raise UserError(what, where=folder / "config.json", mend="Name the folder of a saved connector.")
     return config
+
+
+def miscounted(part: str, given: int, said: int) -> UserError:
+    """The error for a part whose features are not as many as it says."""
+    return UserError(
+        f"{part}, says that it gives {said} features per picture, and gives {given}",
+        where="model",
+        mend="Correct `tokens` in its class: pictures would get into each other's places.",
+    )
 
 
 def at_least_one(**options: int) -> None:

@@ -20,15 +20,16 @@ from mmtune.core.errors import UserError
 IMPLEMENTATIONS = {"flash": "flash_attention_2", "sdpa": "sdpa", "eager": "eager"}
 
 
-def attention_for(part: nn.Module, wanted: str, dtype: torch.dtype) -> str:
+def attention_for(part: nn.Module, wanted: str, dtype: torch.dtype, here: bool = True) -> str:
     """How a part is to compute attention: `flash`, `sdpa` or `eager`.
 
     wanted: one of these, or `auto`: the first of them that is there for this part. dtype: what the part is
-    held in. Raises UserError with the reason where the one that is wanted cannot be had.
+    held in. here: on this machine, or else on one that has the GPU and the package. Raises UserError with
+    the reason where the one that is wanted cannot be had.
     """
     held = getattr(part, "hf", None)
     hf = held if isinstance(held, PreTrainedModel) else None  # or a tower of another library
-    against = {"flash": _against_flash(hf, dtype), "sdpa": _against_sdpa(hf), "eager": ""}
+    against = {"flash": _against_flash(hf, dtype, here), "sdpa": _against_sdpa(hf), "eager": ""}
     if wanted == "auto":
         return next(name for name, reason in against.items() if not reason)
     if reason := against[wanted]:
@@ -45,12 +46,14 @@ def say_attention(attention: Mapping[str, str]) -> str:
     return "attention: " + ", ".join(f"{part} {its}" for part, its in attention.items())
 
 
-def _against_flash(hf: PreTrainedModel | None, dtype: torch.dtype) -> str:
+def _against_flash(hf: PreTrainedModel | None, dtype: torch.dtype, here: bool) -> str:
     """Why it cannot be had; nothing where it can."""
     if hf is None or not hf._supports_flash_attn:
         return "it has no form of it"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it is held in {str(dtype).removeprefix('torch.')}, and flash attention takes half precision"
+    if not here:
+        return ""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     if not (is_flash_attn_2_available() and is_flash_attn_greater_or_equal("2.6.0")):  # 2.6 has the soft-cap

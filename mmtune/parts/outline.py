@@ -13,6 +13,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from mmtune.core.errors import Fault, UserError
+from mmtune.parts.attention import attention_for
 from mmtune.parts.foreign import (
     LLAVA,
     LLAVA_HF,
@@ -57,9 +58,12 @@ def outline_of_configs(options: ModelOptions) -> VisionLanguageModel:
         tokens = language_of_config(language)
         joined = fitting_connector(connector, tower, tokens)
         model = VisionLanguageModel(tower, joined, tokens, described)
-        # Flash attention, if that is asked for, is a matter of the machine that trains.
-        wanted = "auto" if options.attention == "flash" else options.attention
-        model.attend_by(wanted, dict.fromkeys(PARTS, torch_dtype(options.dtype)))
+        dtype, wanted = torch_dtype(options.dtype), options.attention
+        if wanted == "flash":  # its GPU and its package are a matter of the machine that trains
+            for part in (tower, tokens):
+                attention_for(part, wanted, dtype, here=False)
+            wanted = "auto"
+        model.attend_by(wanted, dict.fromkeys(PARTS, dtype))
     return _cast(model, options.dtype)
 
 

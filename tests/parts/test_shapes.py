@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,10 @@ def test_every_command_says_the_same(
         assert "connector: {kind: mlp2x_gelu}" in said
     with pytest.raises(UserError, match="it takes 24 and gives 32"):
         VisionLanguageModel.from_pretrained(tmp_path / "swapped")
+
+
+def test_flash_attention_in_float32_is_refused_by_configs_alone(folder: Path) -> None:
+    wanted = replace(described(folder), attention="flash")
+    with pytest.raises(UserError, match="CLIPVisionModel: it is held in float32, and flash attention takes"):
+        outline_of_configs(wanted)
+    assert outline_of_configs(replace(wanted, dtype="bfloat16")).image_tokens == 4  # the GPU is elsewhere

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from logging import ERROR, getLogger
@@ -18,11 +19,14 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging
 
 from mmtune.core.errors import Fault, UserError
+from mmtune.core.files import read_json
 from mmtune.core.table import nearest
 
 # peft imports bitsandbytes wherever it is installed, and that warns of a kernel it can do without.
 getLogger("bitsandbytes.backends").setLevel(ERROR)
 
+_FILES = ("model.safetensors", "pytorch_model.bin")  # or their shards, named by NAME.index.json
+_COPY = "Copy the folder anew; it must be whole."
 _NOWHERE = "There is no such folder, and no such model on the hub."
 BRINGS_CODE = "it needs code that it brings along, which mmtune does not run"
 
@@ -37,6 +41,8 @@ def from_pretrained(cls: Any, weights: str, **options: Any) -> Any:
     """
     if torch.get_default_device().type == "meta":
         return _outline(cls, weights, options.get("config"))
+    if Path(weights).is_dir():
+        _require_whole_files(Path(weights))
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     before = logging.get_verbosity()
@@ -118,6 +124,13 @@ def load_config(weights: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(weights, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise unloadable(weights, error) from None
+    except Exception as error:  # values of another type raise nearly anything
+        said = " ".join(str(error).split())
+        raise UserError(
+            f"its config makes no sense: {type(error).__name__}: {said}",
+            where=weights,
+            mend="Correct its config.json, or copy the folder anew.",
+        ) from None
 
 
 def new_config(cls: Any, fields: dict[str, Any], where: str, **preset: Any) -> Any:
@@ -141,6 +154,8 @@ def refusals(where: str, by: str = "transformers") -> Iterator[None]:
     """For making a thing of a library from a user's values alone: whatever it raises is theirs to mend."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         said = " ".join(str(error).split())
         raise UserError(
@@ -186,22 +201,52 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def _outline(cls: Any, weights: str, config: PretrainedConfig | None) -> Any:
-    folder = Path(weights)
-    files = sorted(folder.glob("*.safetensors"))
-    if folder.is_dir() and not files and not any(folder.glob("pytorch_model*.bin")):
-        raise UserError(
-            "no file of weights, *.safetensors or pytorch_model*.bin, in this folder", where=weights
-        )
-    for file in files:
+    if Path(weights).is_dir() and not _require_whole_files(Path(weights)):
+        raise UserError(f"no file of weights, {' or '.join(_FILES)}, in this folder", where=weights)
+    make = getattr(cls, "from_config", cls)
+    with refusals(weights):
+        return make(config or load_config(weights))
+
+
+def _require_whole_files(folder: Path) -> list[Path]:
+    """The files that transformers takes the weights from: the first of _FILES, or the shards its index names.
+
+    Raises UserError where one is missing or was cut short, from what stands at its head or at its end.
+    """
+    files: list[Path] = []
+    for name in _FILES:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            files = [folder / name]
+        elif index.is_file():
+            stated = read_json(index)
+            shards = stated.get("weight_map") if isinstance(stated, dict) else None
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise UserError("it names no file of weights (weight_map)", where=index, mend=_COPY)
+            files = [folder / shard for shard in sorted({*shards.values()})]
+        if files:
+            break
+    faults = [Fault(what, str(file), _COPY) for file in files if (what := _unreadable(file))]
+    if faults:
+        raise UserError.of(faults)
+    return files
+
+
+def _unreadable(file: Path) -> str:
+    """Why a file of weights cannot be whole, or nothing."""
+    if not file.is_file():
+        return "cannot be loaded: no such file, which the index names"
+    if file.suffix == ".safetensors":
         try:
             with safe_open(file, "pt"):  # reads the header, which says how long the file has to be
-                pass
+                return ""
         except (OSError, SafetensorError) as error:
-            raise UserError(f"not a whole safetensors file: {error}", where=file) from None
-    config = config or load_config(weights)
-    auto = {"trust_remote_code": False} if hasattr(cls, "from_config") else {}
-    with refusals(weights):
-        return getattr(cls, "from_config", cls)(config, **auto)
+            return f"cannot be loaded, not a whole safetensors file: {error}"
+    with file.open("rb") as opened:
+        head = opened.read(2)
+    # torch's format is a zip, whose directory stands at its end, and was a pickle before.
+    whole = zipfile.is_zipfile(file) if head == b"PK" else head[:1] == b"\x80"
+    return "" if whole else "cannot be loaded, not a whole .bin file"
 
 
 def unloadable(weights: str, error: Exception) -> UserError:
@@ -209,5 +254,5 @@ def unloadable(weights: str, error: Exception) -> UserError:
     if "trust_remote_code" in str(error):
         return UserError(BRINGS_CODE, where=weights, mend="Name a model of a family that transformers has.")
     there = Path(weights).exists()
-    mend = "Copy the folder anew; it must be whole." if there else _NOWHERE
+    mend = _COPY if there else _NOWHERE
     return UserError(f"cannot be loaded: {str(error).splitlines()[0]}", where=weights, mend=mend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import DINOv3ConvNextConfig
 
 from mmtune.core.errors import UserError
@@ -229,6 +231,73 @@ def test_a_tower_of_another_family_is_named(family: Family, weights: str) -> Non
             said = "no such file" if named == "timm" else "cannot be loaded"
         with pytest.raises(UserError, match=said):
             TOWERS.load(named).load(weights, -2, FP32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"patch_size": 0}, "refused by transformers: ZeroDivisionError"),
+        ({"patch_size": None}, "refused by transformers|its config makes no sense"),
+        ({"image_size": [24, 24]}, "refused by transformers"),
+        ({"hidden_act": "foo"}, "refused by transformers: KeyError: 'foo'"),
+        ({"num_attention_heads": 5}, "its config makes no sense: .* not a multiple of"),
+        ({"num_hidden_layers": "3"}, "its config makes no sense: .*num_hidden_layers"),
+        ({"num_hidden_layers": 0}, "a tower without layers"),
+        ({"num_channels": 4}, "for pictures of 4 channels"),
+        ({"image_size": 4}, "image_size 4 is smaller than a patch, 8 pixels"),
+        (None, "its config makes no sense"),
+    ],
+)
+def test_a_config_that_makes_no_tower(tmp_path: Path, changes: dict[str, Any] | None, what: str) -> None:
+    FAMILIES[0].save(tmp_path)
+    config = changes and read_json(tmp_path / "config.json") | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=what) as refused:
+        TOWERS.load("clip").load(str(tmp_path), -1, FP32)
+    assert "UserError" not in str(refused.value)
+
+
+@pytest.mark.parametrize("named", ["clip", "siglip", "siglip2", "dinov2", "dinov3", "timm", "open_clip"])
+def test_a_picture_has_a_token_at_least(named: str) -> None:
+    configs: dict[str, dict[str, Any]] = {
+        "siglip2": {"num_patches": 10},
+        "timm": {"architecture": "vit_tiny_patch16_224", "img_size": 4, "patch_size": 8, "depth": 1},
+        "open_clip": {"width": 64, "layers": 1, "image_size": 4, "patch_size": 8},
+    }
+    small = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "patch_size": 8,
+        "image_size": 4,
+    }
+    what = "is no square grid" if named == "siglip2" else "a picture has no tokens"
+    with pytest.raises(UserError, match=what):
+        TOWERS.load(named).create(configs.get(named, small), -1)
+
+
+@pytest.mark.parametrize("damage", ["cut", "pointer", "missing shard", "index"])
+def test_files_that_are_not_whole(tmp_path: Path, damage: str) -> None:
+    """With values and without: the outline reads no more than heads and directories."""
+    FAMILIES[0].save(tmp_path)
+    whole = tmp_path / "model.safetensors"
+    torch.save(load_file(whole), tmp_path / "pytorch_model.bin")
+    whole.unlink()
+    file = tmp_path / "pytorch_model.bin"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-500])
+    elif damage == "pointer":
+        file.write_text("version https://git-lfs.github.com/spec/v1")
+    else:
+        (tmp_path / "pytorch_model-1.bin").write_bytes(file.read_bytes())
+        file.unlink()
+        shards = {"weight_map": {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}}
+        said = json.dumps(shards if damage == "missing shard" else {"weight_map": None})
+        (tmp_path / "pytorch_model.bin.index.json").write_text(said)
+    what = {"missing shard": "no such file, which the index names", "index": "it names no file of weights"}
+    for device in ("cpu", "meta"):
+        with pytest.raises(UserError, match=what.get(damage, "not a whole .bin file")), torch.device(device):
+            TOWERS.load("clip").load(str(tmp_path), -1, FP32)
 
 
 def test_dinov3s_convnext_is_refused(tmp_path: Path) -> None:

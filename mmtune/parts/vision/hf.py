@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Self
 
@@ -57,6 +59,7 @@ class TransformersTower(VisionTower):
             config = config.vision_config
         model = cls._model(config.model_type, weights)
         cls._cut(config, layer, weights)
+        cls._outline(model, config, weights)
         hf = from_pretrained(model, weights, config=config, dtype=dtype)
         tower = cls(hf, read_pixels(weights, cls.published))
         return tower.resized(image_size, weights)
@@ -77,9 +80,8 @@ class TransformersTower(VisionTower):
         model = cls._model(fields.pop("model_type", None), where)
         made = new_config(model.config_class, fields, where)
         cls._cut(made, layer, where)
-        with refusals(where):
-            hf = model(made)
-        return cls(hf, cls.published).resized(image_size, where)
+        cls._outline(model, made, where)
+        return cls(model(made), cls.published).resized(image_size, where)
 
     def save(self, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
         self.hf.save_pretrained(folder, state_dict=own_weights(self.hf, tensors))
@@ -137,6 +139,16 @@ class TransformersTower(VisionTower):
             config.set_output_features_output_indices(out_features=None, out_indices=None)
         for name, value in cls.switched_off:
             setattr(config, name, value)
+
+    @classmethod
+    def _outline(cls, model: Any, config: Any, where: str) -> None:
+        """Raises UserError for a config that makes no tower, before there are weights."""
+        with warnings.catch_warnings(), torch.device("meta"), refusals(where):
+            warnings.filterwarnings("ignore", message=".*is a no-op")
+            if getattr(config, "num_channels", 3) != 3:
+                what = f"for pictures of {config.num_channels} channels, not of three colours"
+                raise UserError(what, where=where, mend="Choose another checkpoint.")
+            cls(model(deepcopy(config)), cls.published)
 
     @classmethod
     def _model(cls, model_type: str | None, where: str) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import Siglip2VisionModel
 
+from mmtune.core.errors import UserError
 from mmtune.parts.vision.hf import TransformersTower
 from mmtune.parts.vision.pixels import Pixels
 from mmtune.parts.vision.siglip import HALF
@@ -38,7 +39,10 @@ class Siglip2Tower(TransformersTower):
         return {**kept, "patch_size": self.patch, "max_num_patches": self.tokens}
 
     def side(self) -> int:
-        return isqrt(self.hf.config.num_patches) * self.patch
+        count = self.hf.config.num_patches
+        if isqrt(count) ** 2 != count:
+            raise UserError(f"num_patches {count} is no square grid of positions", where="config.json")
+        return isqrt(count) * self.patch
 
     def interpolated(self, side: int) -> torch.Tensor:
         count, embeddings = side // self.patch, self.hf.embeddings

@@ -57,8 +57,8 @@ interop.weights interop.source interop.chat_templates interop.llava_hf
 interop.llava_forward interop.llava interop.importing
 interop.llava_hf_processor interop.llava_hf_export interop.llava_export interop.peft_export
 experiments.estimate experiments.runs experiments.sweep
-experiments.swap_options experiments.fit_connector experiments.swap_picture experiments.swap_page
-experiments.swap_report experiments.swap_shapes experiments.swap_tower
+experiments.swap_options experiments.fit_connector experiments.swap_picture experiments.swap_words
+experiments.swap_page experiments.swap_report experiments.swap_shapes experiments.swap_tower
 bench.generate bench.score bench.penalty bench.train
 commands cli __main__
 """.split()

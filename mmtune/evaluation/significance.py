@@ -136,6 +136,42 @@ def bootstrap95(
     return [float(low), float(high)] if turned > 0 else [-float(high), -float(low)]
 
 
+def wilson95(scores: Sequence[float], clusters: Sequence[str]) -> list[float] | None:
+    """The 95 % interval, in points, of the mean of scores in [0, 1]; never past 0 or 100, nor a point there.
+
+    Wilson's (1927), with as many draws as give a proportion the clustered standard error of this mean (Korn
+    and Graubard, 1998, for exact limits); where that error is 0, with one draw for each cluster. None for a
+    single score.
+    """
+    stderr = clustered_stderr(scores, clusters)
+    if stderr is None:
+        return None
+    mean = math.fsum(scores) / len(scores)
+    variance = max(mean * (1 - mean), 0.0)
+    draws = variance / stderr**2 if stderr > NOTHING and variance > NOTHING else len(set(clusters))
+    shrunk = 1 + Z95**2 / draws
+    centre = (mean + Z95**2 / (2 * draws)) / shrunk
+    half = Z95 / shrunk * math.sqrt(variance / draws + (Z95 / (2 * draws)) ** 2)
+    return [100 * max(0.0, centre - half), 100 * min(1.0, centre + half)]
+
+
+def mean95(values: Sequence[float], intervals: Sequence[Sequence[float] | None]) -> list[float] | None:
+    """The 95 % interval of the mean of independent values from their own, which need not be symmetric.
+
+    What each lies above its lower end, or below its upper one, is added in squares (Zou and Donner, 2008).
+    None where one of them has no interval.
+    """
+    known = [each for each in intervals if each is not None]
+    if not known or len(known) < len(values):
+        return None
+    mean, n = math.fsum(values) / len(values), len(values)
+    low, high = (
+        math.hypot(*(value - each[end] for value, each in zip(values, known, strict=True))) / n
+        for end in (0, 1)
+    )
+    return [mean - low, mean + high]
+
+
 def normal_p(value: float, stderr: float | None) -> float | None:
     """The two-sided p of a value whose standard error is known, by the central limit; None without one."""
     if stderr is None:

@@ -7,6 +7,7 @@ same pictures, by ridge; the layers after it are kept. No label is looked at and
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -18,16 +19,18 @@ from torch import nn
 
 from mmtune.core.config import to_dict
 from mmtune.core.errors import UserError
-from mmtune.core.files import read_json, replacing_folder, write_json
+from mmtune.core.files import read_json, remove_folder, replacing_folder, write_json
 from mmtune.data.batches import load_images
 from mmtune.data.image import ImageTransform, Picture
+from mmtune.data.shards import Stored
 from mmtune.evaluation.generate import best_device
+from mmtune.evaluation.metrics.base import some
 from mmtune.experiments.swap_options import LEAST_PICTURES, FitOptions
 from mmtune.parts.connector.base import Connector
 from mmtune.parts.fingerprint import model_hash, weights_hash
 from mmtune.parts.loading import torch_dtype
 from mmtune.parts.model import VisionLanguageModel, load_part, load_vision
-from mmtune.run import DataOptions, data_hash
+from mmtune.run import DataOptions
 from mmtune.training.plan import read_samples
 
 FITTED = re.compile(r"linear|mlp\d+x_gelu")  # kinds whose first layer is linear and works on each token
@@ -49,7 +52,9 @@ def why_not(old: VisionLanguageModel, new: VisionLanguageModel) -> str | None:
             f"the base's tower makes {old.vision.tokens} features of a picture, this one {new.vision.tokens}"
         )
     if _laid(old.transform) != _laid(new.transform):
-        return "it lays a picture on its square otherwise than the base, so its features are of other places"
+        why = "it lays a picture on its square otherwise than the base, so its features are of other places"
+        fits = old.transform.fit, new.transform.fit
+        return why if fits[0] == fits[1] else f"{why} (write fit: {fits[0]} beside its weights)"
     assert new.options.vision
     if new.options.vision.weights is None:
         return "its weights are drawn anew in each run"
@@ -61,37 +66,44 @@ def _laid(transform: ImageTransform) -> tuple[Any, ...]:
 
 
 def fit_connector(
-    base: str, old: VisionLanguageModel, new: VisionLanguageModel, data: FitOptions, folder: Path
+    base: str,
+    old: VisionLanguageModel,
+    new: VisionLanguageModel,
+    data: FitOptions,
+    folder: Path,
+    started: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes to `folder` a connector for the tower of `new` that stands for the base's tower and connector.
 
     base: a model folder. old, new: outlines of it and of the model to be, whose dtype the towers run in; the
-    regression is in fp64. A connector that was made from the same and lies there is kept. Returns what is in
+    regression is in fp64. A connector that was made from the same and lies there is kept; one from something
+    else is made anew, but if runs have `started` from it. Returns what is in
     fit.json beside it: from what it was made, `ridge`, and R² over pictures that chose nothing, of the
     `preactivations` that were regressed and of the `image_tokens`. Raises UserError.
     """
     vision = new.options.vision
     assert vision and vision.weights
+    pictures = choose_pictures(data.data, data.pictures)
     origin = {
         "base": model_hash(base),
         "vision": to_dict(vision),
         "tower": weights_hash(vision.weights),
         "dtype": new.options.dtype,
-        "data": data_hash(data.data),
-        "pictures": data.pictures,
+        "pictures": _contents(pictures),
     }
     if (folder / RECORD).is_file():
         found: dict[str, Any] = read_json(folder / RECORD)
         changed = [key for key in origin if found["from"].get(key) != origin[key]]
-        if changed:
+        if not changed:
+            return found
+        if started:
             raise UserError(
-                f"this connector was fitted with another {', '.join(changed)}",
+                f"this connector was fitted with another {', '.join(changed)}, and runs have started from "
+                f"it: {some(started)}",
                 where=folder,
-                mend="Give the swap another name, or remove this folder and the runs that started from it.",
+                mend="Give the swap another name, or remove those runs.",
             )
-        return found
     device = best_device()
-    pictures = choose_pictures(data.data, data.pictures)
     towers = [load_part(base, "vision", old, merge=True, dtype=new.options.dtype)]
     towers.append(load_vision(vision, torch_dtype(new.options.dtype)))
     connector: Any = load_part(base, "connector", old, merge=True)
@@ -111,10 +123,20 @@ def fit_connector(
     fitted, ridge = fit(connector, features(pictures), new.vision.width)
     measured = measure(connector, fitted, features(pictures[TENTH - 1 :: TENTH]))
     made = {"from": origin, "ridge": ridge, "pictures": len(pictures), "r2": measured}
+    if folder.is_dir():  # of other pictures, and nothing started from it
+        remove_folder(folder)
     with replacing_folder(folder) as unfinished:
         fitted.float().save(unfinished)
         write_json(unfinished / RECORD, made)
     return made
+
+
+def _contents(pictures: Sequence[Picture]) -> str:
+    """The first 16 hex digits of the SHA-256 of the pictures' files, in their order."""
+    digest = hashlib.sha256()
+    for picture in pictures:
+        digest.update(picture.read() if isinstance(picture, Stored) else picture.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def choose_pictures(data: Sequence[DataOptions], count: int) -> list[Picture]:

@@ -36,11 +36,12 @@ def run_all(
     """Trains and evaluates what is not finished yet; returns what went wrong with the others.
 
     how: in what way all of them are evaluated, whatever their own configs say. jobs: so many at a time, each
-    in a process of its own with its share of the cores, what it prints in `logs`/NAME.log. signals: as in
-    `train`, where there is one job.
+    in a process of its own with its share of the cores, what it prints in `logs`/NAME.log. Where there is one
+    job, that file has the traceback of a run that failed by no mistake in its config, for want of memory for
+    example, and signals are as in `train`.
     """
     if jobs == 1:
-        return _run_in_turn(runs, how, suite, signals)
+        return _run_in_turn(runs, how, suite, logs, signals)
     return _run_side_by_side(runs, how, suite, jobs, logs)
 
 
@@ -74,20 +75,33 @@ def _run_one(run: RunOptions, how: EvaluateOptions, suite: Suite, signals: Signa
 
 
 def _run_in_turn(
-    runs: list[RunOptions], how: EvaluateOptions, suite: Suite, signals: Signals | None
+    runs: list[RunOptions], how: EvaluateOptions, suite: Suite, logs: Path, signals: Signals | None
 ) -> list[Fault]:
-    faults = []
+    faults: list[Fault] = []
     progress = Progress(runs)
     for run in runs:
-        failed = False
+        before = len(faults)
         try:
             _run_one(run, how, suite, signals)
         except UserError as error:
-            print(f"mmtune: {run.name} FAILED", file=sys.stderr)
             faults.append(Fault(str(error), run.name))
-            failed = True
+        except Exception as error:
+            log = logs / f"{run.name}.log"
+            with writing(log):
+                logs.mkdir(parents=True, exist_ok=True)
+                with open(log, "a", encoding="utf-8") as file:
+                    traceback.print_exc(file=file)
+            faults.append(Fault(_reason(error), run.name, f"See {log}."))
+        failed = len(faults) > before
+        if failed:
+            print(f"mmtune: {run.name} FAILED", file=sys.stderr)
         progress.tell(run, failed)
     return faults
+
+
+def _reason(error: Exception) -> str:
+    """What no check foresaw, such as a GPU that is full, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _run_side_by_side(
@@ -146,7 +160,7 @@ def _run_logged(run: RunOptions, how: EvaluateOptions, suite: Suite, log: Path) 
             return str(error)
         except Exception as error:
             traceback.print_exc()
-            return f"a fault of ours: {error!r}"
+            return _reason(error)
         except KeyboardInterrupt as stopped:
             print(stopped)
             _stopping.append(signal.SIGTERM)

@@ -18,6 +18,7 @@ Start = Literal["scratch", "fitted"]
 SCRATCH: Start = "scratch"
 FITTED: Start = "fitted"
 LEAST_PICTURES = 10
+OWN = ("base", "fits", "plan", "logs", "report")  # what a swap's folder and its tables hold beside the towers
 
 
 @dataclass
@@ -70,6 +71,9 @@ class SwapOptions:
         check_name(self.name, fault)
         for name in self.towers:
             check_name(name, lambda _, what, mend, name=name: fault(f"towers.{name}", what, mend))
+            if name in OWN:
+                mend = "Give it another name: that one is the swap's own, in its folder and its tables."
+                fault(f"towers.{name}", f"no tower can be called '{name}'", mend)
         for name in ("towers", "stages", "starts", "seeds"):
             values = getattr(self, name)
             if not values:
@@ -87,7 +91,7 @@ class SwapOptions:
                 fault(key, "a connector starts anew here, or is fitted", "Leave its weights out: see starts.")
         if FITTED in self.starts and not self.base:
             fault("starts", "there is no base whose image tokens a connector could be fitted to")
-        if self.control is not None and self.control not in self.towers:
+        if self.towers and self.control is not None and self.control not in self.towers:
             fault("control", f"no tower is called '{self.control}'", f"There are {', '.join(self.towers)}.")
         if self.jobs < 1:
             fault("jobs", f"expected 1 or more, found {self.jobs}")
@@ -129,18 +133,56 @@ def read_swap(
     for tower in options.towers:
         for start in options.starts:
             for seed in options.seeds:
-                tree = _run(options, tower, start, seed)
-                described = Source.parsed(path, tree)
-                described.lines, described.absent = _lines(source, tower), absent
-                run = build(RunOptions, tree, (), described)
-                faults |= dict.fromkeys(described.faults)
+                described = _RunOfSwap.of(source, options, tower, start, seed)
+                run = build(RunOptions, described.tree, (), described)
                 if run is not None:
+                    _check_alignment(run, described)
                     swaps.append(Swap(tower, start, run))
+                faults |= dict.fromkeys(described.faults)
     if faults:
         raise UserError.of(faults)
     if not options.fit.data:
         options.fit.data = swaps[0].run.all_stages()[0].data
     return options, swaps
+
+
+class _RunOfSwap(Source):
+    """A run's YAML as a swap describes it: its faults are told where the swap's own YAML says so."""
+
+    swap: Source
+    tower: str
+    seed: int
+
+    @classmethod
+    def of(cls, swap: Source, options: SwapOptions, tower: str, start: str, seed: int) -> _RunOfSwap:
+        made = cls.parsed(swap.path, _run(options, tower, start, seed))
+        assert isinstance(made, cls)
+        made.swap, made.absent, made.tower, made.seed = swap, swap.absent, tower, options.seeds.index(seed)
+        return made
+
+    def where(self, key: tuple[str, ...]) -> str:
+        match key:
+            case ("model", "vision", *rest):
+                key = ("towers", self.tower, *rest)
+            case ("model", "connector", *rest):
+                own = ("towers", self.tower, "connector")
+                key = (*(own if own in self.swap.lines else ("connector",)), *rest)
+            case ("seed",):
+                key = ("seeds", str(self.seed))
+        return self.swap.where(key)
+
+
+def _check_alignment(run: RunOptions, source: Source) -> None:
+    """Reports a first stage that is no alignment: its curves would be of more than a connector."""
+    tune = run.all_stages()[0].tune
+    for part in ("vision", "language"):
+        if getattr(tune, part).tuner != "frozen":
+            what = f"the first stage is the alignment, which trains the connector alone, not the {part}"
+            mend = f"Put an alignment before this stage, or leave the {part} out of it."
+            source.fault(("stages", "0", "tune", part), what, mend)
+    if tune.connector.tuner == "frozen":
+        what = "the first stage is the alignment, and its connector is frozen"
+        source.fault(("stages", "0", "tune"), what, "For example connector: {tuner: full, lr: 1e-3}.")
 
 
 def _run(options: SwapOptions, tower: str, start: str, seed: int) -> dict[str, Any]:
@@ -163,19 +205,3 @@ def _kept(base: str | None) -> dict[str, Any] | None:
     """The base's connector, but for its weights; None where there is none."""
     saved = saved_part(base, "connector") if isinstance(base, str) else {}
     return {key: value for key, value in saved.items() if key not in ("weights", "adapter")} or None
-
-
-def _lines(source: Source, tower: str) -> dict[tuple[str, ...], int]:
-    """Where the entries of a run stand in the YAML of the swap."""
-    found = {}
-    own = ("towers", tower, "connector") in source.lines
-    for key, line in source.lines.items():
-        if key[:3] == ("towers", tower, "connector"):
-            found["model", "connector", *key[3:]] = line
-        elif key[:2] == ("towers", tower):
-            found["model", "vision", *key[2:]] = line
-        elif key[:1] == ("connector",) and not own:
-            found["model", "connector", *key[1:]] = line
-        elif key[:1] in (("model",), ("stages",), ("evaluate",)):
-            found[key] = line
-    return found

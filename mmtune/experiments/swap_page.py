@@ -15,11 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from mmtune.core.files import write_text
-from mmtune.evaluation.forgetting import half_width, short_names
+from mmtune.evaluation.forgetting import short_names
 from mmtune.evaluation.page import points
 from mmtune.evaluation.terminal import p_value
+from mmtune.experiments.swap_words import difference
 
 GIB = 1 << 30
+UNLIKE = 1.5  # times as fast, at the same work
 TEMPLATE = "swap.html.j2"
 COSTS = (
     "image\ntokens",
@@ -49,7 +51,8 @@ def print_swap(report: Mapping[str, Any], console: Console) -> None:
         scores.add_row(Text(row["label"], style="bold"), *[Text(f"{c['mean']:.1f}") for c in cells])
         if len(row["seeds"]) > 1:
             _add(scores, f"  ± SD, {len(row['seeds'])} seeds", [cell["sd"] for cell in cells])
-        _add(scores, "  ± 95 %, questions", [half_width(cell["ci95"]) for cell in cells])
+        for end, label in enumerate(("  95 %, questions: from", "  to")):
+            _add(scores, label, [cell["ci95"] and cell["ci95"][end] for cell in cells])
     console.print(scores)
     costs = _table("What they cost")
     costs.add_column("", overflow="fold", min_width=min(30, max(len(row["label"]) for row in report["rows"])))
@@ -71,7 +74,7 @@ def print_swap(report: Mapping[str, Any], console: Console) -> None:
 HEADINGS = {
     "base": "Against the base as it is: difference ± 95 %, questions",
     "control": "Against {control}, started alike: difference ± 95 %, questions",
-    "best": "Against the best by Mean here, whose lead is flattered: difference ± 95 %, questions",
+    "best": "Against the best by Mean, started alike, whose lead is flattered: difference ± 95 %, questions",
     "starts": "The fitted start against scratch: difference ± 95 %, questions",
 }
 
@@ -105,8 +108,9 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     found = [
         f"Split {splits}. Source: mean of {', '.join(short[task] for task in made['source'])}. Target: "
         f"{', '.join(short[task] for task in made['target'])}. Mean: half of their sum.",
-        "± 95 %, questions: had other questions been asked of these same models, pictures drawn whole; "
-        "nothing about seeds. ± SD, seeds: between trainings that differ in the seed alone.",
+        "95 %, questions: had other questions been asked of these same models, pictures drawn whole; "
+        "nothing about seeds. Of scores by Wilson, also at 0 and 100. A difference without ±: all questions "
+        "moved alike. ± SD, seeds: between trainings that differ in the seed alone.",
         "Differences are paired question by question, each score averaged over seeds; p by Holm over the "
         "rows. Beyond chance: p below 0.05, and above 1.96 of the standard error that the seeds leave.",
         "Tower, loaded: millions of parameters up to the layer that is used; the others are not loaded. "
@@ -130,6 +134,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
 def warnings(report: Mapping[str, Any]) -> list[str]:
     """What is absent, and what makes a score another one."""
     found = [f"{tower} starts from scratch alone: {why}" for tower, why in report["no_fit"].items()]
+    found += [f"{tower}: {said}" for tower, said in _unlike_speeds(report["rows"]).items()]
     if report["missing"]:
         found.append(f"not finished, so not in here: {', '.join(report['missing'])}")
     found += [
@@ -142,6 +147,19 @@ def warnings(report: Mapping[str, Any]) -> list[str]:
     if report["made_with"]["limit"] is not None:
         found.append(f"only the first {report['made_with']['limit']} questions of each task were asked")
     return found
+
+
+def _unlike_speeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Towers whose runs went at unlike paces, though their starts and seeds take the same work."""
+    of: dict[str, list[float]] = {}
+    for row in rows:
+        of.setdefault(row["tower"], []).extend(row["speeds"])
+    return {
+        tower: f"its alignments went at {min(speeds):.3g} to {max(speeds):.3g} samples/s, for the same work: "
+        "the machine had other things to do, so speeds are not to be compared"
+        for tower, speeds in of.items()
+        if max(speeds) > UNLIKE * min(speeds)
+    }
 
 
 def _compared(pairs: Sequence[Mapping[str, Any]], title: str) -> Table:
@@ -161,9 +179,8 @@ def compared_cells(pair: Mapping[str, Any]) -> list[str]:
     found = []
     for which in ("source", "target"):
         cell = pair[which]
-        half, seeds = half_width(cell["ci95"]), cell["stderr_seeds"]
-        found.append(points(cell["difference"], sign=True) + ("" if half is None else f" ± {half:.1f}"))
-        found += [p_value(cell["p_holm"]), "" if seeds is None else f"{seeds:.1f}"]
+        seeds = cell["stderr_seeds"]
+        found += [difference(cell), p_value(cell["p_holm"]), "" if seeds is None else f"{seeds:.1f}"]
     return found
 
 
@@ -187,7 +204,7 @@ def write_swap_page(report: Mapping[str, Any], picture: Path, path: Path) -> Non
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"points": points, "half_width": half_width, "p_value": p_value}
+    environment.filters |= {"points": points, "p_value": p_value}
     made = report["made_with"]
     short = short_names([*made["source"], *made["target"]])
     text = environment.get_template(TEMPLATE).render(

@@ -85,8 +85,12 @@ def _draw_scores(
             colour, marker = STARTS[row["start"]]
             if cell["ci95"]:
                 axes.plot(cell["ci95"], [y, y], color=colour, lw=1.6, solid_capstyle="butt", zorder=2)
-            axes.plot(cell["mean"], y, marker, color=colour, ms=4.5, zorder=3)
+            axes.plot(cell["mean"], y, marker, color=colour, ms=4.5, zorder=3, clip_on=False)
         axes.set_ylim(len(towers) - 0.4, -0.6)
+        low, high = axes.get_xlim()
+        units = {cell["unit"] for cell in report["rows"][0]["scores"].values()}
+        axes.set_xlim(max(0, low), high if units != {"%"} else min(100, high))
+        axes.set_xlabel("points", fontsize=8, color=PALE, labelpad=1)
         axes.set_yticks(range(len(towers)), towers, fontsize=8.5)
         axes.grid(axis="x", color="#e4e4e4", lw=0.6, zorder=0)
     said: list[str] = list(starts)
@@ -111,7 +115,10 @@ def _draw_curves(part: SubFigure, report: Mapping[str, Any], towers: Sequence[st
             continue
         _plain(axes)
         axes.set_title(towers[place], loc="left", fontsize=9, color=INK)
-        axes.tick_params(labelbottom=place + ACROSS >= len(towers))
+        lowest = place + ACROSS >= len(towers)
+        axes.tick_params(labelbottom=lowest)
+        if lowest:
+            axes.set_xlabel("step", fontsize=8, color=PALE, labelpad=1)
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(locator)
         axes.yaxis.set_major_formatter("{x:g}")

@@ -5,10 +5,9 @@ Written to the swap's folder as swap.json, swap.png and swap.html.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from mmtune.core.errors import Fault, UserError
@@ -19,28 +18,28 @@ from mmtune.evaluation.forgetting import (
     Evaluation,
     check_comparable,
     ci95,
-    half_width,
     mean_sd,
     read_evaluation,
     score_of,
     seed_mean,
-    stderr_of_mean,
     summary,
 )
-from mmtune.evaluation.protocol import Suite, load_suite
-from mmtune.evaluation.significance import Z95
+from mmtune.evaluation.protocol import Suite, load_protocol, load_suite
+from mmtune.evaluation.significance import mean95, wilson95
 from mmtune.experiments.swap_options import FITTED, SCRATCH, Swap, SwapOptions
+from mmtune.experiments.swap_words import words
 from mmtune.run import RunOptions
+from mmtune.training.folder import changed_keys
 
 SUMMARY = ("source", "target", "mean")
-LEVEL = 0.05
 Curve = list[tuple[int, float]]  # the loss of the probe after each step it looked at
 
 
 def make_swap_report(options: SwapOptions, swaps: Sequence[Swap], facts: Mapping[str, Any]) -> dict[str, Any]:
     """The report of a swap's finished runs. facts: what is known of each tower, as in towers.json.
 
-    Raises UserError where none is finished, or evaluations cannot be compared.
+    Raises UserError, and writes nothing, where none is finished, where one is of another config or evaluation
+    than is asked for now, and where evaluations cannot be compared.
     """
     from mmtune.experiments.swap_page import write_swap_page
     from mmtune.experiments.swap_picture import draw_swap
@@ -60,6 +59,7 @@ def make_swap_report(options: SwapOptions, swaps: Sequence[Swap], facts: Mapping
         base = read_evaluation(options.folder / "base" / place, suite.tasks)
     evaluations = {swap.run.name: read_evaluation(swap.run.folder / place, suite.tasks) for swap in done}
     first = base or next(iter(evaluations.values()))
+    _check_as_planned(options, suite, done, {**({"base": base} if base else {}), **evaluations})
     check_comparable(first, evaluations)
     _check_models(done, evaluations)
 
@@ -87,6 +87,8 @@ def make_swap_report(options: SwapOptions, swaps: Sequence[Swap], facts: Mapping
         "rows": rows,
         "compared": compared,
         "control": options.control,
+        "uncontrolled": _uncontrolled(rows, options.control, facts),
+        "alignment_only": len(options.stages) == 1,
         "saved": _saved(rows),
         "missing": missing,
         "unanswered": {
@@ -102,6 +104,7 @@ def make_swap_report(options: SwapOptions, swaps: Sequence[Swap], facts: Mapping
             "splits": first.splits,
             "source": list(suite.source),
             "target": list(suite.target),
+            "without_pictures": [task for task in suite.tasks if _is_blind(first, task)],
             "limit": first.limit,
             **first.made_with,
             "protocols": first.protocols,
@@ -121,6 +124,44 @@ def is_finished(run: RunOptions, place: Path) -> bool:
     return (run.folder / "final" / "trained.json").is_file() and (
         run.folder / place / "results.json"
     ).is_file()
+
+
+def _check_as_planned(
+    options: SwapOptions, suite: Suite, done: Sequence[Swap], evaluations: Mapping[str, Evaluation]
+) -> None:
+    """Raises UserError for what was trained or evaluated otherwise than the swap's YAML now says."""
+    how, faults = options.evaluate, []
+    for swap in done:
+        # Where a fitted connector lies moves with the swap's folder.
+        if changed := changed_keys(swap.run, ("model.connector.weights",) if swap.start == FITTED else ()):
+            what = f"it was trained with another config, in: {', '.join(changed)}"
+            mend = "Take that config, or give the swap another name, or remove the run's folder."
+            faults.append(Fault(what, swap.run.name, mend))
+    wanted: dict[str, Any] = {"limit": how.limit, "dtype": how.dtype}
+    for task, given in zip(suite.tasks, suite.given, strict=True):
+        protocol = load_protocol(given)
+        wanted[f"{task}: protocol"] = protocol.hash
+        wanted[f"{task}: split"] = how.split or protocol.report_split
+    for name, found in evaluations.items():
+        its = {"limit": found.limit, "dtype": found.made_with["precision"]}
+        for task in suite.tasks:
+            its |= {f"{task}: protocol": found.protocols[task], f"{task}: split": found.splits[task]}
+        faults += [
+            Fault(
+                f"it was evaluated with another {key}: {its[key]}, where {value} is asked for",
+                name,
+                "Ask for that, or evaluate again: the same command without --report does.",
+            )
+            for key, value in wanted.items()
+            if its[key] != value
+        ]
+    if faults:
+        raise UserError.of(faults)
+
+
+def _is_blind(evaluation: Evaluation, task: str) -> bool:
+    rows = read_jsonl(evaluation.folder / f"samples_{task}.jsonl")
+    return not any(row.get("image") for _, row in rows)
 
 
 def _check_models(done: Sequence[Swap], evaluations: Mapping[str, Evaluation]) -> None:
@@ -160,6 +201,7 @@ def _row(
 ) -> dict[str, Any]:
     tower, start = members[0].tower, members[0].start
     curves = [read_curve(swap.run) for swap in members]
+    speeds = [align_speed(swap.run) for swap in members]
     return {
         "label": label,
         "tower": tower,
@@ -169,7 +211,8 @@ def _row(
         **_scored(its, mean, suite),
         "facts": facts[tower],
         "fit": _fit(options, tower) if start == FITTED else None,
-        "samples_per_s": fmean(align_speed(swap.run) for swap in members),
+        "samples_per_s": fmean(speeds),
+        "speeds": speeds,
         "questions_per_s": fmean(map(_questions_per_s, its)),
         "curves": curves,
     }
@@ -180,19 +223,31 @@ def _scored(its: Sequence[Evaluation], mean: Mapping[str, Answers], suite: Suite
 
     mean: each question's score averaged over the seeds. The sets are independent of one another.
     """
-    stderrs = {task: score_of(mean[task])[1] for task in suite.tasks}
-    of = {"source": suite.source, "target": suite.target}
-    errors = {which: stderr_of_mean([stderrs[task] for task in tasks]) for which, tasks in of.items()}
-    errors["mean"] = stderr_of_mean(list(errors.values()))
-    summaries = [_summary(each, suite) for each in its]
     made: dict[str, Any] = {"scores": {}}
     for task in suite.tasks:
         cell = mean_sd([each.scores[task]["score"] for each in its])
-        made["scores"][task] = {**cell, "ci95": ci95(cell["mean"], stderrs[task])}  # type: ignore[arg-type]
+        unit = its[0].scores[task]["unit"]
+        made["scores"][task] = {**cell, "ci95": _interval(mean[task], unit), "unit": unit}
+    cells = {
+        "source": [made["scores"][task] for task in suite.source],
+        "target": [made["scores"][task] for task in suite.target],
+    }
+    summaries = [_summary(each, suite) for each in its]
     for which in SUMMARY:
-        cell = mean_sd([each[which] for each in summaries])
-        made[which] = {**cell, "ci95": ci95(cell["mean"], errors[which])}  # type: ignore[arg-type]
+        of = cells.get(which) or [made["source"], made["target"]]
+        interval = mean95([cell["mean"] for cell in of], [cell["ci95"] for cell in of])
+        made[which] = {**mean_sd([each[which] for each in summaries]), "ci95": interval}
     return made
+
+
+def _interval(answers: Answers, unit: str) -> list[float] | None:
+    """Of one set's score: Wilson's for a share, the central limit's for captions, which have no highest."""
+    if unit == "%":
+        return wilson95(
+            [each.score for each in answers.values()], [each.cluster for each in answers.values()]
+        )
+    interval = ci95(*score_of(answers))
+    return interval and [max(0.0, interval[0]), interval[1]]
 
 
 def _fit(options: SwapOptions, tower: str) -> dict[str, Any]:
@@ -201,12 +256,9 @@ def _fit(options: SwapOptions, tower: str) -> dict[str, Any]:
 
 
 def align_speed(run: RunOptions) -> float:
-    """Samples per second of a run's first stage, over its logged steps but the first, which is slower."""
-    batch = run.all_stages()[0].train.batch_size
+    """Samples per second of a run's first stage: the median over what it logged, the slow beginning apart."""
     lines = [line for _, line in read_jsonl(run.folder / "metrics.jsonl") if line["stage"] == 1]
-    steps = [after["step"] - before["step"] for before, after in itertools.pairwise(lines)]
-    seconds = [n * batch / line["samples_per_s"] for n, line in zip(steps, lines[1:], strict=True)]
-    return sum(steps) * batch / sum(seconds) if seconds else float(lines[0]["samples_per_s"])
+    return float(median(line["samples_per_s"] for line in lines[1:] or lines))
 
 
 def _questions_per_s(evaluation: Evaluation) -> float:
@@ -271,75 +323,47 @@ def _saved(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]
     return found
 
 
-# ---- Comparisons, and in words ---------------------------------------------------------------------------
+# ---- Comparisons -----------------------------------------------------------------------------------------
 
 
 def _pairs(rows: Sequence[Mapping[str, Any]], control: str | None) -> dict[str, list[tuple[str, str]]]:
-    """Which rows are compared, a less b: with the control that started alike, the best, the other start."""
+    """Which rows are compared, a less b: with the control and the best that started alike; both starts."""
     labels = {(row["tower"], row["start"]): row["label"] for row in rows}
-    best = max(rows, key=lambda row: row["mean"]["mean"])["label"]
+    best: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        best[row["start"]] = max(best.get(row["start"], row), row, key=lambda each: each["mean"]["mean"])
     found = {
-        "best": [(row["label"], best) for row in rows if row["label"] != best],
+        "control": [
+            (row["label"], labels[control, row["start"]])
+            for row in rows
+            if row["tower"] != control and (control, row["start"]) in labels
+        ],
+        "best": [
+            (row["label"], best[row["start"]]["label"]) for row in rows if row is not best[row["start"]]
+        ],
         "starts": [
             (labels[tower, FITTED], label)
             for (tower, start), label in labels.items()
             if start == SCRATCH and (tower, FITTED) in labels
         ],
     }
-    controls = {row["start"]: row["label"] for row in rows if row["tower"] == control}
-    if controls:
-        other = controls.get(SCRATCH) or controls[FITTED]
-        found["control"] = [
-            (row["label"], controls.get(row["start"], other)) for row in rows if row["tower"] != control
-        ]
     return {which: pairs for which, pairs in found.items() if pairs}
 
 
-def is_beyond(cell: Mapping[str, Any]) -> bool:
-    """Whether a difference is beyond chance: by Holm's p over the questions and by 1.96 SE over seeds."""
-    spread = Z95 * (cell["stderr_seeds"] or 0.0)
-    return cell["p_holm"] is not None and cell["p_holm"] < LEVEL and abs(cell["difference"]) > spread
-
-
-def words(report: Mapping[str, Any]) -> list[str]:
-    """What the table shows, in sentences."""
-    found = []
-    rows = report["compared"].get("control", [])
-    for which in ("source", "target") if rows else ():
-        for how, wanted in (("beyond chance", True), ("within it", False)):
-            named = [f"{row['a']} {_signed(row[which])}" for row in rows if is_beyond(row[which]) is wanted]
-            found.append(
-                f"{which.capitalize()} less {report['control']}'s, {how}: {'; '.join(named) or 'none'}."
-            )
-    for row in report["compared"].get("starts", []):
-        tower = next(r["tower"] for r in report["rows"] if r["label"] == row["a"])
-        less = ", ".join(f"{which} {_signed(row[which])}" for which in ("source", "target"))
-        found.append(f"{tower}, fitted less scratch: {less}.{_steps(report['saved'].get(tower, []))}")
-    return found
-
-
-def _signed(cell: Mapping[str, Any]) -> str:
-    half = half_width(cell["ci95"])
-    return f"{cell['difference']:+.1f}" + ("" if half is None else f" ± {half:.1f}")
-
-
-def _steps(saved: Sequence[Mapping[str, Any]]) -> str:
-    """What the fitted start saves, as the mean over seeds."""
-    if not saved:
-        return ""
-    first, last = fmean(one["first_loss"] for one in saved), fmean(one["last_loss"] for one in saved)
-    steps = fmean(one["last"] for one in saved)
-    begins = _at([one["scratch_at"] for one in saved])
-    ends = [one["fitted_at"] for one in saved]
-    less = "" if None in ends else f": {steps - fmean(ends):.0f} of {steps:.0f} steps saved"
-    return (
-        f" Its probe starts at a loss of {first:.3f}, which scratch reaches {begins}; it reaches scratch's "
-        f"last loss, {last:.3f}, {_at(ends)}{less}."
-    )
-
-
-def _at(steps: Sequence[float | None]) -> str:
-    known = [step for step in steps if step is not None]
-    if len(known) == len(steps):
-        return f"at step {fmean(known):.0f}"
-    return f"with {len(known)} of {len(steps)} seeds only" if known else "not at all"
+def _uncontrolled(
+    rows: Sequence[Mapping[str, Any]], control: str | None, facts: Mapping[str, Any]
+) -> dict[str, str]:
+    """The rows that no row of the control started like, and why: unlike starts are not compared."""
+    if control is None:
+        return {}
+    there = {row["start"] for row in rows if row["tower"] == control}
+    no_fit = facts[control]["no_fit"]
+    why = {
+        SCRATCH: "its own run from scratch is not there",
+        FITTED: f"it has no fitted start ({no_fit})" if no_fit else "its own fitted run is not there",
+    }
+    return {
+        row["label"]: why[row["start"]]
+        for row in rows
+        if row["tower"] != control and row["start"] not in there
+    }

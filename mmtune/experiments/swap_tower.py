@@ -70,6 +70,14 @@ def report_swap(path: Path, overrides: list[str] | None = None) -> dict[str, Any
             "this swap has not begun", where=options.folder, mend=f"Run: mmtune swap-tower {path} --plan"
         )
     known = read_json(facts)
+    new = [name for name in options.towers if name not in known]
+    if new:
+        raise UserError(
+            f"not planned yet: {', '.join(new)}",
+            where=Source(path, overrides).where(("towers", new[0])),
+            mend="The same command with --plan instead of --report plans what is new.",
+        )
+    known = {name: known[name] for name in options.towers}
     return make_swap_report(options, [swap for swap in swaps if _possible(swap, known)], known)
 
 
@@ -103,7 +111,8 @@ def plan_swap(path: Path, overrides: list[str] | None = None) -> tuple[SwapOptio
         assert options.base
         old = outline_of(ModelOptions(options.base, dtype=model.dtype))
         new = outline_of(_from_scratch(model))
-        made = fit_connector(options.base, old, new, options.fit, options.fitted(name))
+        started = [each.parent.name for each in options.folder.glob(f"{name}_{FITTED}_s*/metrics.jsonl")]
+        made = fit_connector(options.base, old, new, options.fit, options.fitted(name), sorted(started))
         tell(say_fit(name, made))
     for swap in swaps:
         text = yaml.safe_dump(to_dict(swap.run), sort_keys=False)

@@ -32,14 +32,7 @@ def open_run(options: RunOptions, resume: bool) -> bool:
     if not any(path.exists() for path in (folder / "metrics.jsonl", folder / "checkpoints", *done)):
         write_text(saved, yaml.safe_dump(described, sort_keys=False))
         return False
-    before = Source(saved).tree
-    old, new = deciding(before), deciding(described)
-    changed = [
-        f"{key} ({old.get(key, 'not given')} before, {new.get(key, 'not given')} now)"
-        for key in sorted(old.keys() | new.keys())
-        if key not in old or key not in new or old[key] != new[key]
-    ]
-    if changed:
+    if changed := changed_keys(options):
         raise UserError(
             f"the config differs from the one this run was started with, in: {', '.join(changed)}",
             where=saved,
@@ -52,9 +45,22 @@ def open_run(options: RunOptions, resume: bool) -> bool:
     for stage, path in zip(options.all_stages(), done, strict=True):
         if (path / "trained.json").is_file():
             check_origin(options, data_hash(stage.all_data), read_json(path / "trained.json"), path)
-    if before != described:
+    if Source(saved).tree != described:
         write_text(saved, yaml.safe_dump(described, sort_keys=False))
     return is_finished(options)
+
+
+def changed_keys(options: RunOptions, apart: tuple[str, ...] = ()) -> list[str]:
+    """What decides a run's result and is not as its folder's run.yaml has it, each with both values.
+
+    apart: keys that are not looked at. Raises UserError where that file cannot be read.
+    """
+    old, new = deciding(Source(options.folder / "run.yaml").tree), deciding(to_dict(options))
+    return [
+        f"{key} ({old.get(key, 'not given')} before, {new.get(key, 'not given')} now)"
+        for key in sorted(old.keys() | new.keys())
+        if key not in apart and (key not in old or key not in new or old[key] != new[key])
+    ]
 
 
 def is_finished(options: RunOptions) -> bool:

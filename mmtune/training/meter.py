@@ -50,7 +50,7 @@ class Meter:
             disable=quiet or not self.console.is_terminal,
         )
         self.samples = self.tokens = 0
-        self.began = self.window = self.spoke = time.perf_counter()
+        self.began = self.window = self.stepped = self.spoke = time.perf_counter()
 
     def __enter__(self) -> Meter:
         self.progress.start()
@@ -69,7 +69,7 @@ class Meter:
         self.samples += samples
         self.tokens += tokens
         self.progress.update(self.task, completed=step, loss=f"{loss:.3f}")
-        now = time.perf_counter()
+        self.stepped = now = time.perf_counter()
         if not self.console.is_terminal and (
             now - self.spoke > self.SECONDS_BETWEEN_LINES or step == self.last
         ):
@@ -79,16 +79,16 @@ class Meter:
             print(line, file=sys.stderr, flush=True)
 
     def log(self, values: dict[str, Any]) -> None:
-        """Appends a line to metrics.jsonl, with samples/s and tokens/s since the last one.
+        """Appends a line to metrics.jsonl, with samples/s and tokens/s of the steps since the last one.
 
-        It is on the disk before a checkpoint of its step is. Raises UserError where it cannot be written.
+        What a probe took after the last step is not counted. It is on the disk before a checkpoint of its
+        step is. Raises UserError where it cannot be written.
         """
         if self.quiet:
             return
-        now = time.perf_counter()
-        seconds = max(now - self.window, 1e-9)
+        seconds = max(self.stepped - self.window, 1e-9)
         speeds = (round(self.samples / seconds, 2), round(self.tokens / seconds, 1))
-        self.window, self.samples, self.tokens = now, 0, 0
+        self.window, self.samples, self.tokens = time.perf_counter(), 0, 0
         line = json.dumps({**values, **dict(zip(SPEEDS, speeds, strict=True))}, allow_nan=False) + "\n"
         with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(line)

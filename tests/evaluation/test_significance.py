@@ -14,13 +14,16 @@ from scipy import stats
 
 from mmtune.evaluation import significance
 from mmtune.evaluation.significance import (
+    Z95,
     bootstrap95,
     detectable,
     holm,
     mcnemar,
+    mean95,
     normal_p,
     paired,
     sign_flip,
+    wilson95,
 )
 
 VQA = [0.0, 0.3, 0.6, 0.9, 1.0]
@@ -190,6 +193,35 @@ def test_bootstrap_covers_the_truth_and_agrees_with_scipys() -> None:
         low, high = bootstrap95(values, np.ones(60, dtype=int)) or [0, 0]
         covered.append(low <= 10 <= high)
     assert np.mean(covered) > 0.88
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 20), (1, 20), (10, 20), (19, 20), (20, 20), (291, 300)])
+def test_wilson_is_scipys_where_each_question_has_a_picture(right: int, n: int) -> None:
+    found = wilson95([1.0] * right + [0.0] * (n - right), [str(i) for i in range(n)])
+    # The standard error is over n - 1, so that inside there is one draw less.
+    draws = n if right in (0, n) else n - 1
+    low, high = (draws * right / n + Z95**2 / 2 + sign * Z95 * _root(right / n, draws) for sign in (-1, 1))
+    assert found == pytest.approx([100 * end / (draws + Z95**2) for end in (low, high)], abs=1e-6)
+    theirs = stats.binomtest(right, n).proportion_ci(method="wilson")
+    assert found == pytest.approx([100 * theirs.low, 100 * theirs.high], abs=1e-6 if draws == n else 0.7)
+
+
+def _root(share: float, draws: int) -> float:
+    return math.sqrt(draws * share * (1 - share) + Z95**2 / 4)
+
+
+def test_wilson_counts_pictures_and_not_their_questions() -> None:
+    assert wilson95([1.0] * 20, [str(i // 4) for i in range(20)]) == wilson95([1.0] * 5, list("abcde"))
+    once = wilson95([1.0, 1.0, 0.0, 1.0, 0.0] * 8, [str(i) for i in range(40)])
+    twice = wilson95([1.0, 1.0, 0.0, 1.0, 0.0] * 16, [str(i % 40) for i in range(80)])
+    assert twice == pytest.approx(once, abs=0.3)
+    assert wilson95([1.0], ["a"]) is None
+
+
+def test_the_interval_of_a_mean_adds_in_squares_on_each_side() -> None:
+    assert mean95([50.0, 70.0], [[47.0, 53.0], [66.0, 74.0]]) == pytest.approx([57.5, 62.5])
+    assert mean95([100.0, 0.0], [[96.0, 100.0], [0.0, 4.0]]) == pytest.approx([48.0, 52.0])
+    assert mean95([100.0, 100.0], [[96.0, 100.0], None]) is None
 
 
 def test_holm() -> None:

@@ -121,8 +121,13 @@ def test_a_copy_of_the_tower_gets_the_old_image_tokens(world: Path, tmp_path: Pa
         (tmp_path / "fit" / "fit.json").read_text()
     )
     (copied / "note.txt").write_text("another tower")
-    with pytest.raises(UserError, match="fitted with another tower, pictures"):
-        fit_connector(base, old, new, replace(data, pictures=30), tmp_path / "fit")
+    other = replace(data, data=[replace(data.data[0], limit=30)])
+    with pytest.raises(
+        UserError, match="another tower, pictures, and runs have started from it: a_fitted_s0"
+    ):
+        fit_connector(base, old, new, other, tmp_path / "fit", ["a_fitted_s0"])
+    anew = fit_connector(base, old, new, other, tmp_path / "fit")
+    assert anew["from"]["pictures"] != made["from"]["pictures"]
 
 
 def test_pictures_are_different_ones_evenly_over_the_data(world: Path) -> None:
@@ -161,3 +166,4 @@ def test_what_cannot_be_fitted_is_said(world: Path) -> None:
         strict=True,
     ):
         assert reason and said in reason
+    assert reasons[4] and reasons[4].endswith("(write fit: pad beside its weights)")

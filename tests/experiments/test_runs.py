@@ -6,8 +6,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+
+from mmtune.core.errors import UserError
+from mmtune.experiments import runs
 
 SIGNALLED = """
 import sys, time
@@ -33,6 +38,26 @@ if __name__ == "__main__":
     with Signals("mmtune sweep"):
         runs.run_all(four, None, None, 2, here / "logs")
 """
+
+
+def test_a_run_that_fails_in_any_way_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(run: Any, *rest: Any) -> None:
+        if run.name == "a":
+            raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")
+        if run.name == "b":
+            raise UserError("no such thing", where="here")
+
+    monkeypatch.setattr(runs, "_run_one", train)
+    three: Any = [SimpleNamespace(name=name, folder=tmp_path / name) for name in "abc"]
+    how: Any = None
+    faults = runs.run_all(three, how, how, 1, tmp_path / "logs")
+    log = tmp_path / "logs" / "a.log"
+    reason = "RuntimeError: CUDA out of memory. Tried to allocate 2 GiB"
+    assert [str(fault) for fault in faults] == [f"a: {reason}\n    See {log}.", "b: here: no such thing"]
+    assert "Traceback" in log.read_text() and not (tmp_path / "logs" / "b.log").exists()
+    assert "3 of 3: c done" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("everyone", [True, False], ids=["to all processes", "to the parent"])

@@ -142,10 +142,9 @@ def test_the_figures_are_those_of_the_runs(done: dict[str, Any]) -> None:
     ]
     assert same["samples_per_s"] == pytest.approx(fmean(speeds))  # of the second of two steps
     assert fitted["fit"]["r2"]["image_tokens"] > 0.99 and same["fit"] is None
-    assert [(p["a"], p["b"]) for p in report["compared"]["control"]] == [
-        ("same, scratch", "coarse, scratch"),
-        ("same, fitted", "coarse, scratch"),
-    ]
+    assert [(p["a"], p["b"]) for p in report["compared"]["control"]] == [("same, scratch", "coarse, scratch")]
+    assert "the base's tower makes 16 features" in report["uncontrolled"]["same, fitted"]
+    assert report["made_with"]["without_pictures"] == ["tiny_text"]
     assert [p["b"] for p in report["compared"]["base"]] == ["base"] * 3
     assert report["compared"]["base"][2]["tasks"]["tiny_colour"]["difference"] == -50
     against = report["compared"]["control"][0]["source"]
@@ -178,6 +177,24 @@ def test_the_report_alone_names_what_is_missing(
     assert "WARNING: coarse starts from scratch alone: the base's tower makes 16 features" in said
     assert main(["swap-tower", str(done["path"]), "--report", "output=elsewhere"]) == 2
     assert "this swap has not begun" in capsys.readouterr().err
+    # What is another tower, training or evaluation by now is refused by name, and nothing is overwritten.
+    page = tmp_path / "runs" / "towers" / "swap.html"
+    page.write_text("the one before")
+    for change, said in (
+        (
+            "towers.third={tower: clip, weights: base/vision, layer: -1}",
+            "towers.third: not planned yet: third",
+        ),
+        ("stages.0.train.batch_size=4", "stages.0.train.batch_size (8 before, 4 now)"),
+        ("evaluate.limit=3", "base: it was evaluated with another limit: 4, where 3 is asked for"),
+        ("evaluate.dtype=bfloat16", "another dtype: float32, where bfloat16 is asked for"),
+    ):
+        assert main(["swap-tower", str(done["path"]), "--report", output, change]) == 2
+        assert said in capsys.readouterr().err
+    assert page.read_text() == "the one before"
+    fewer = "towers={same: {tower: clip, weights: base/vision, layer: -1}}"
+    assert main(["swap-tower", str(done["path"]), "--report", output, fewer, "control=null"]) == 0
+    assert "coarse" not in capsys.readouterr().out
 
 
 def test_the_plan_is_a_list_of_commands_that_train_takes(
@@ -222,8 +239,8 @@ def test_all_faults_of_all_towers_come_at_once_before_anything_trains(
     where = [fault.where.split(", ")[1:] for fault in caught.value.faults]
     lines = (tmp_path / "swap.yaml").read_text().splitlines()
     assert where == [
-        [f"line {lines.index('    tower: klip') + 1}", "model.vision.tower"],
-        [f"line {lines.index('  both:') + 1}", "model.vision"],
+        [f"line {lines.index('    tower: klip') + 1}", "towers.odd.tower"],
+        [f"line {lines.index('  both:') + 1}", "towers.both"],
     ]
 
     towers = {
@@ -259,7 +276,10 @@ def test_faults_of_the_swap_itself(world: Path, tmp_path: Path, monkeypatch: pyt
     for changes, said in (
         ({"control": "none"}, "no tower is called 'none'"),
         ({"seeds": [1, 1]}, "one is given twice"),
-        ({"towers": {}}, "empty"),
+        ({"towers": {"base": {"tower": "clip"}}, "control": None}, "no tower can be called 'base'"),
+        ({"seeds": [0, -1]}, "seeds.1: expected 0 to"),
+        ({"stages": [{**_long(), "tune": {"connector": FULL, "language": LORA}}]}, "not the language"),
+        ({"stages": [{**_long(), "tune": {}}]}, "its connector is frozen"),
         ({"connector": {"kind": "linear", "weights": "base/connector"}}, "starts anew here, or is fitted"),
         ({"towers": {"a/b": {}}}, "'a/b' cannot be the name of a folder"),
         ({"model": {"language": {"weights": "base/language"}}}, "there is no base whose image tokens"),
@@ -267,8 +287,12 @@ def test_faults_of_the_swap_itself(world: Path, tmp_path: Path, monkeypatch: pyt
         ({"fit": {"pictures": 3}}, "expected 10 or more, found 3"),
         ({"evaluate": {"suite": "tiny", "kl": True}}, "there is no base model to go back to"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError) as caught:
             read_swap(swap_file(tmp_path, **changes))
+        assert said in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        read_swap(swap_file(tmp_path, towers={}))
+    assert [fault.what for fault in caught.value.faults] == ["empty: there is nothing to run"]
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="a swap starts in one process"):
         run_swap(swap_file(tmp_path))

@@ -266,8 +266,8 @@ KINDS = [
         "copy the folder",
     ),
     Kind(
-        "a language model of another width",
-        lambda b: _changed(b, "language/config.json", hidden_size=64),
+        "a language model of another inner width",
+        lambda b: _changed(b, "language/config.json", intermediate_size=80),
         "of another shape",
         "language",
         "of one model",
@@ -282,23 +282,23 @@ KINDS = [
     Kind(
         "a tower of another width than the connector",
         lambda b: _parts(b, vision=CLIP),
-        "vision_width is 24",
+        "it takes 24 and gives 32, but the tower is 20 wide",
         "connector/config.json",
-        "leave out its weights",
+        "Start a new one",
     ),
     Kind(
         "a connector of another kind",
         lambda b: _parts(b, connector={"kind": "linear", "weights": str(b.world / "base" / "connector")}),
         "kind is 'mlp2x_gelu'",
         "connector/config.json",
-        "leave out its weights",
+        "connector: {kind: linear}",
     ),
     Kind(
         "a language model of another width than the connector",
         lambda b: _parts(b, language={"weights": tiny_models.save_language(b.here / "lm", hidden_size=48)}),
-        "language_width is 32",
+        "gives 32, but the tower is 24 wide and the language model 48",
         "connector/config.json",
-        "leave out its weights",
+        "Start a new one",
     ),
     Kind(
         "a tower with too few layers",
@@ -326,9 +326,9 @@ KINDS = [
     Kind(
         "a language model for a tower",
         lambda b: _parts(b, vision={"tower": "clip", "weights": str(b.world / "base" / "language")}),
-        "a llama model, not a CLIP",
+        "a llama model, not a clip",
         "base/language",
-        "hub name of a CLIP",
+        "hub name of such a model",
     ),
     Kind(
         "an unknown family",
@@ -363,9 +363,9 @@ KINDS = [
     Kind(
         "a config of a language model cut short",
         lambda b: _language(b, "config.json", "{"),
-        "not a valid JSON file",
-        "lm/config.json",
-        "that has one",
+        "not valid JSON",
+        "lm/config.json, line 1",
+        "written whole",
     ),
     Kind(
         "a tokenizer larger than its model",

@@ -233,7 +233,7 @@ def assemble_command(options: argparse.Namespace) -> None:
 
     asked = Asked(**{field.name: getattr(options, field.name) for field in fields(Asked)})
     model = assemble_folder(asked, options.folder, options.seed)
-    print_parts(model, options.folder, _console())
+    print_parts(model, asked, options.folder, _console())
 
 
 def import_command(options: argparse.Namespace) -> None:

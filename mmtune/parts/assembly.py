@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mmtune.core.config import Source
 from mmtune.core.errors import UserError
@@ -37,7 +39,8 @@ from mmtune.parts.spec import (
 PART_FILE = "part.json"  # what a part that was saved alone says of itself; see interop/part_export.py
 ALIGN = """\
 # Trains the connector alone, on LLaVA's 558k captions as LLaVA-1.5 does (mmtune data prepare llava_pretrain);
-# for your own data write {{path: FILE.json, image_root: DIR}}.
+# for your own data write {{path: FILE.json, image_root: DIR}}. model.base is taken from where mmtune is run:
+# correct it once the folder has moved.
 name: {name}
 model: {{base: {folder}}}
 chat: plain
@@ -102,35 +105,48 @@ def assemble_folder(asked: Asked, destination: Path, seed: int = 0) -> VisionLan
     return model
 
 
-def print_parts(model: VisionLanguageModel, destination: Path, console: Console) -> None:
-    """A line for each part, and what to do next."""
+def print_parts(model: VisionLanguageModel, asked: Asked, destination: Path, console: Console) -> None:
+    """A line for each part, which says whether it is new, and what to do next."""
     tower, language = model.vision, model.language
     options = model.options
     assert options.vision and options.connector and options.language
-    table = Table(title=str(destination), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=Text(str(destination)), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in ("part", "is", "from", "width", "tokens", "parameters"):
         table.add_column(heading, justify="right" if heading == "parameters" else "left", overflow="fold")
     side = f"{tower.image_size} x {tower.image_size} pixels"
     kind = f"{options.vision.tower}, layer {options.vision.layer}, {side}"
-    saved = f"{destination}/connector"
+    kept = {part: "kept, from " if getattr(asked, part) is None else "" for part in PARTS}
+    made = asked.connector if asked.connector and Path(asked.connector).is_dir() else "new"
+    connector = f"{kept['connector']}{asked.base}" if asked.connector is None else made
     held = language.hf.config.model_type
     rows = [
-        ("vision", kind, options.vision.weights, f"{tower.width}", f"{tower.tokens}"),
+        ("vision", kind, f"{kept['vision']}{options.vision.weights}", f"{tower.width}", f"{tower.tokens}"),
         (
             "connector",
             options.connector.kind,
-            saved,
+            connector,
             f"{tower.width} to {language.width}",
             f"{model.image_tokens}",
         ),
-        ("language", held, options.language.weights, f"{language.width}", f"{language.context:.0f} at most"),
+        (
+            "language",
+            held,
+            f"{kept['language']}{options.language.weights}",
+            f"{language.width}",
+            f"{language.context:.0f} at most",
+        ),
     ]
     for part, *cells in rows:
-        table.add_row(part, *map(str, cells), f"{count(model.part(part)):,}")
+        table.add_row(part, *map(Text, cells), f"{count(model.part(part)):,}")
     console.print(table)
+    others = [part for part in ("vision", "language") if not kept[part]]
+    if kept["connector"] and others:
+        said = f"The connector is the base's, aligned with another {' and '.join(others)} part: train it."
+        console.print(said, highlight=False)
     console.print("Next, train the connector alone, once its data are there:", highlight=False)
-    console.print(f"  mmtune check {destination}/align.yaml", highlight=False, soft_wrap=True)
-    console.print(f"  mmtune train {destination}/align.yaml", highlight=False, soft_wrap=True)
+    for command in ("check", "train"):
+        line = f"  mmtune {command} {shlex.quote(f'{destination}/align.yaml')}"
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _options(asked: Asked) -> ModelOptions:
@@ -203,8 +219,10 @@ def _saved(name: str, part: str) -> Any:
     folder = shipped(name)
     if (folder / PART_FILE).is_file():
         tree = read_json(folder / PART_FILE)
-        if not isinstance(tree, dict) or tree.pop("part", None) != part:
-            raise UserError(f"this is no {part}", where=folder / PART_FILE)
+        found = tree.pop("part", None) if isinstance(tree, dict) else None
+        if found != part:
+            what = f"this is a part '{found}', not '{part}'" if found in PARTS else f"this is no {part} part"
+            raise UserError(what, where=folder / PART_FILE)
         return _checked(part, {**tree, "weights": name}, folder / PART_FILE)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     if not isinstance(config, dict) or config.get("mmtune") != FORMAT_VERSION:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
@@ -31,6 +32,7 @@ from mmtune.parts.loading import (
     own_weights,
     recompute_activations,
     refusals,
+    refuse_absent,
     split_layers,
     unloadable,
 )
@@ -72,6 +74,7 @@ class LanguageModel(nn.Module):
                 where=weights,
                 mend="Name one for text alone, whose config.json has no text_config.",
             )
+        require_causal(config, weights)
         if getattr(config, "quantization_config", None):
             raise UserError(
                 "its weights are stored quantised",
@@ -103,6 +106,7 @@ class LanguageModel(nn.Module):
         special = {name: getattr(tokens, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         vocabulary = max(tokens.get_vocab().values()) + 1  # more than len(tokens) where ids are left out
         made = new_config(CONFIG_MAPPING[model_type], fields, where, vocab_size=vocabulary, **special)
+        require_causal(made, where)
         with refusals(where):
             hf = AutoModelForCausalLM.from_config(made, trust_remote_code=False)
         return cls(hf, tokens)
@@ -192,6 +196,7 @@ def load_tokenizer(where: str, config: PretrainedConfig | None = None) -> PreTra
     """The tokenizer of a folder or hub name. config: of its language model, where the folder's own is none of
     transformers'. Raises UserError where there is no tokenizer, or nothing installed that reads it.
     """
+    refuse_absent(where)
     files = {file.name for file in Path(where).glob("tokenizer.*")}
     lacking = [package for package in ("sentencepiece", "protobuf") if not _installed(package)]
     if lacking and "tokenizer.model" in files and "tokenizer.json" not in files:
@@ -210,6 +215,16 @@ def load_tokenizer(where: str, config: PretrainedConfig | None = None) -> PreTra
         raise UserError(
             f"no tokenizer can be loaded: {said}", where=where, mend="Name a folder or model that has one."
         ) from None
+
+
+def require_causal(config: PretrainedConfig, where: str) -> None:
+    """Raises UserError for the config of a model that is no causal language model of transformers."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"a {config.model_type} is no causal language model",
+            where=where,
+            mend="docs/add-a-language-model.md lists families that work.",
+        )
 
 
 def _check_class(hf: Any) -> None:

@@ -118,8 +118,16 @@ def _whole_adapter(folder: Path) -> Iterator[None]:
         raise UserError(f"the adapter cannot be loaded: {said}", where=folder, mend=mend) from None
 
 
+def refuse_absent(weights: str) -> None:
+    """Raises UserError for a path that is not there and that no name on the hub can be, without asking it."""
+    local = weights.startswith((".", "/", "~")) or weights.count("/") > 1
+    if local and not Path(weights).exists():
+        raise UserError("no such folder", where=weights, mend="Correct the path.")
+
+
 def load_config(weights: str) -> PretrainedConfig:
     """The transformers config of a folder or hub name. Raises UserError where there is none."""
+    refuse_absent(weights)
     try:
         return AutoConfig.from_pretrained(weights, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -462,6 +462,9 @@ def _resolved(weights: str, folder: Path) -> str:
     local = folder.resolve() / weights  # ".." is taken from where the files are, not from a link to them
     if local.exists():
         return str(Path(os.path.normpath(local)))
+    if weights in PARTS:
+        where, mend = folder / "config.json", "Copy the folder anew; it must be whole."
+        raise UserError(f"there is no folder {weights} beside it", where=where, mend=mend)
     if weights.startswith("."):
         raise UserError(
             f"the weights it was made from are no longer at {os.path.normpath(local)}",

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from mmtune.core.errors import Fault, UserError
 from mmtune.parts.connector.base import WHERE, Connector, miscounted, new_connector
 from mmtune.parts.known import config_of, is_known
-from mmtune.parts.language import LanguageModel, load_tokenizer
+from mmtune.parts.language import LanguageModel, load_tokenizer, require_causal
 from mmtune.parts.loading import BRINGS_CODE, from_pretrained, refusals
 from mmtune.parts.spec import TOWERS, ConnectorOptions, LanguageOptions, ModelOptions, VisionOptions
 from mmtune.parts.vision.base import VisionTower
@@ -105,7 +105,10 @@ def language_of_config(options: LanguageOptions) -> LanguageModel:
         fields = {**fields, "vocab_size": len(load_tokenizer(str(options.tokenizer)))}
     with refusals(where):
         config = CONFIG_MAPPING[fields["model_type"]](**of_family(fields))
-        return LanguageModel(AutoModelForCausalLM.from_config(config, trust_remote_code=False), None)  # type: ignore[arg-type]
+    require_causal(config, where)
+    with refusals(where):
+        made = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return LanguageModel(made, None)  # type: ignore[arg-type]
 
 
 def of_family(fields: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save_tower(folder / "clip")
     tiny.save_tower(folder / "wide", hidden_size=32)
     tiny.save_language(folder / "lm")
+    assemble_folder(asked(folder), folder / "model")
     return folder
 
 
@@ -108,6 +109,25 @@ def test_a_part_of_a_base_is_replaced_alone(folder: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "no").exists()
 
 
+def test_what_happened_to_each_part_is_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert (
+        main(["assemble", "--base", str(folder / "model"), "--vision", str(folder / "clip"), "a [b]c"]) == 0
+    )
+    said = capsys.readouterr().out
+    assert "The connector is the base's, aligned with another vision part: train it." in said
+    assert "  mmtune train 'a [b]c/align.yaml'\n" in said and "    a [b]c    " in said
+    assert said.count("kept, from") == 2
+    assert main(["assemble", "--base", "a [b]c", "--connector", "linear", "new"]) == 0
+    said = capsys.readouterr().out
+    assert "aligned with" not in said and " new " in said.partition("connector ")[2].partition("\n")[0]
+    shutil.rmtree("new/connector")
+    with pytest.raises(UserError, match=r"new/config\.json: there is no folder connector beside it"):
+        VisionLanguageModel.from_pretrained("new")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -123,12 +143,23 @@ def test_a_part_of_a_base_is_replaced_alone(folder: Path, tmp_path: Path) -> Non
         ({"connector": "pixel_shuffle: {1: 2}"}, "unknown option '1'"),
         ({"vision": "LM"}, "no tower is known to take a model of type llama\n *Say which with --tower"),
         ({"connector": "CLIP"}, "not the config of a connector that mmtune saved"),
+        ({"language": "CLIP"}, "a clip_vision_model is no causal language model"),
+        ({"language": "CLIP/../nowhere"}, "nowhere: no such folder"),
+        ({"vision": "./nowhere"}, "nowhere: no such folder"),
+        ({"vision": "WIDE", "connector": "SAVED"}, r"32 wide (?s:.*)mmtune assemble: --connector linear$"),
+        ({"vision": "PART"}, "this is a part 'connector', not 'vision'"),
         ({"connector": "nowhere.at:All"}, "model.connector.kind: there is no module nowhere"),
     ],
 )
 def test_what_the_command_refuses(folder: Path, tmp_path: Path, changes: dict[str, str], said: str) -> None:
-    places = {"LM": str(folder / "lm"), "CLIP": str(folder / "clip")}
-    changes = {name: places.get(value, value) for name, value in changes.items()}
+    places = {"LM": folder / "lm", "CLIP": folder / "clip", "WIDE": folder / "wide"}
+    places |= {
+        "SAVED": folder / "model" / "connector",
+        "PART": tmp_path,
+        "CLIP/../nowhere": folder / "nowhere",
+    }
+    changes = {name: str(places.get(value, value)) if value else value for name, value in changes.items()}
+    write_json(tmp_path / "part.json", {"part": "connector", "kind": "linear"})
     with pytest.raises(UserError, match=said):
         assemble_folder(asked(folder, **changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()

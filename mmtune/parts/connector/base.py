@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,11 +76,14 @@ class Connector(nn.Module):
                 f"and the language model {self.language_width}"
             )
         if differing:
-            chosen = f"kind: {self.kind}" + (f", options: {json.dumps(self.options)}" if self.options else "")
+            options = json.dumps(self.options) if self.options else ""
+            chosen = f"kind: {self.kind}" + (f", options: {options}" if options else "")
+            flag = shlex.quote(self.kind + (f":{options}" if options else ""))
             raise UserError(
                 f"this connector was made for other parts: {'; '.join(differing)}",
                 where=folder / "config.json",
-                mend=f"Start a new one, under model, and train it: connector: {{{chosen}}}",
+                mend=f"Start a new one, under model, and train it: connector: {{{chosen}}}; "
+                f"in mmtune assemble: --connector {flag}",
             )
 
     def load(self, folder: Path) -> None:

@@ -89,6 +89,15 @@ class VisionLanguageModel(nn.Module):
         part = self.part(name)
         return getattr(part, "hf", part)
 
+    def train(self, mode: bool = True) -> VisionLanguageModel:
+        """As torch has it, but that a tower of which nothing trains stays in evaluation mode: the features of
+        one picture are always the same, without the drop path of its own training.
+        """
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.vision.parameters()):
+            self.vision.eval()
+        return self
+
     def attend_by(self, wanted: str, dtypes: Mapping[str, torch.dtype]) -> None:
         """Chooses how tower and language model compute attention. wanted: as `model.attention` in a YAML has
         it. dtypes: what each part is held in. Raises UserError where what is wanted cannot be had.

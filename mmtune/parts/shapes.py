@@ -15,6 +15,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from mmtune.core.errors import Fault, UserError
+from mmtune.core.files import shipped
 from mmtune.parts.connector.base import WHERE, Connector, miscounted, new_connector
 from mmtune.parts.known import config_of, is_known
 from mmtune.parts.language import LanguageModel, load_tokenizer, require_causal
@@ -87,6 +88,8 @@ def tower_of_config(options: VisionOptions) -> VisionTower:
         fields = kind.known_fields(weights)
         fields = kind.fields(config_of(weights, kind.config_file), weights) if fields is None else fields
     made: VisionTower = kind.create(fields, options.layer, options.image_size)
+    if options.config is None and shipped(str(options.weights)).is_dir():
+        made.take_transform(str(shipped(str(options.weights))))
     return made
 
 

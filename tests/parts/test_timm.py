@@ -317,3 +317,35 @@ def test_a_config_that_makes_no_sense(changes: dict[str, Any], what: str) -> Non
     config = {"architecture": "vit_tiny_patch16_224", "model_args": SMALL, "pretrained_cfg": {}}
     with pytest.raises(UserError, match=what):
         TimmTower.create({**config, **changes}, -1)
+
+
+def test_a_name_without_a_tag_is_that_of_timms_default(
+    checkpoints: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        return checkpoints["ViT"]
+
+    monkeypatch.setattr(stored, "snapshot_download", download)
+    for name in ("vit_base_patch16_224", "timm/vit_base_patch16_224"):
+        TimmTower.load(name, -1, FP32)
+        assert TimmTower.known_fields(name)
+    assert asked == ["timm/vit_base_patch16_224.augreg2_in21k_ft_in1k"] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        (
+            "vit_base_patch16_clip_quickgelu_224.openai",
+            "lie on the hub as timm/vit_base_patch16_clip_224.openai",
+        ),
+        ("vit_huge_patch14_gap_224.in1k_ijepa", "not on the hub"),
+    ],
+)
+def test_a_name_whose_weights_cannot_be_fetched_by_it(name: str, what: str) -> None:
+    for do in (lambda: TimmTower.known_fields(name), lambda: TimmTower.load(name, -1, FP32)):
+        with pytest.raises(UserError, match=what):
+            do()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mmtune.core.files import read_json
 from mmtune.parts.known import config_of
 from mmtune.parts.model import VisionLanguageModel, assemble
 from mmtune.parts.outline import outline_of
+from mmtune.parts.shapes import tower_of_config
 from mmtune.parts.spec import TOWERS, ConnectorOptions, LanguageOptions, ModelOptions, VisionOptions
 from mmtune.parts.vision.base import VisionTower
 from mmtune.training.rehearsal import Shape, rehearse
@@ -298,6 +300,46 @@ def test_files_that_are_not_whole(tmp_path: Path, damage: str) -> None:
     for device in ("cpu", "meta"):
         with pytest.raises(UserError, match=what.get(damage, "not a whole .bin file")), torch.device(device):
             TOWERS.load("clip").load(str(tmp_path), -1, FP32)
+
+
+def test_an_outline_says_what_the_files_say_of_the_transform(
+    family: Family, weights: str, tmp_path: Path
+) -> None:
+    """And so does the rehearsal of `fit: own`."""
+    shutil.copytree(weights, tmp_path, dirs_exist_ok=True)
+    said: dict[str, Any] = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    if family.tower in ("timm", "open_clip"):
+        file, name = ("config.json", "pretrained_cfg"), ("open_clip_config.json", "preprocess_cfg")
+        config, key = file if family.tower == "timm" else name
+        stated = read_json(tmp_path / config)
+        stated[key] = stated.get(key, {}) | said
+    else:
+        config = "preprocessor_config.json"
+        stated = {f"image_{key}": values for key, values in said.items()} | {
+            "size": {"height": 9, "width": 9}
+        }
+    (tmp_path / config).write_text(json.dumps(stated))
+    with torch.device("meta"):
+        outline = tower_of_config(VisionOptions(family.tower, str(tmp_path)))
+    tower = load(family, str(tmp_path))
+    assert outline.transform("pad").mean == (0.1, 0.2, 0.3)
+    assert outline.transform("own") == tower.transform("own")
+
+
+def test_a_frozen_tower_drops_nothing_while_the_rest_trains(language: str) -> None:
+    config = {"architecture": "vit_tiny_patch16_224", "img_size": 24, "patch_size": 8, "depth": 2}
+    options = ModelOptions(
+        vision=VisionOptions("timm", config={**config, "drop_path_rate": 0.9}, layer=-1),
+        connector=ConnectorOptions("linear"),
+        language=LanguageOptions(language),
+    )
+    model = assemble(options).train()
+    assert model.vision.training
+    FrozenOptions().make().attach(model, "vision")
+    model.train()
+    assert model.connector.training and model.language.training and model.training
+    assert not model.vision.training
+    assert torch.equal(features(model.vision), features(model.vision))
 
 
 def test_dinov3s_convnext_is_refused(tmp_path: Path) -> None:

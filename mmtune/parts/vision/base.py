@@ -82,6 +82,11 @@ class VisionTower(nn.Module):
         """With random weights, from the fields of the family's own config. Raises UserError for others."""
         raise NotImplementedError
 
+    def take_transform(self, folder: str) -> None:
+        """Says of its own transform what a folder's files do, where it was made by `create` of their config,
+        which says nothing of it. Raises UserError.
+        """
+
     def save(self, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
         """Writes the family's own format, safetensors only. tensors: in place of the tower's own."""
         raise NotImplementedError
@@ -99,7 +104,9 @@ class VisionTower(nn.Module):
         return replace(made, crop_pct=self.crop_pct, half_pixel=self.half_pixel) if fit == "own" else made
 
     def layers(self) -> list[nn.Module]:
-        """The blocks: what an engine that splits weights gathers at a time."""
+        """What an engine that splits weights gathers at a time: the blocks, with transformers those modules
+        that its model says are not to be split, the embeddings of some families among them.
+        """
         return split_layers(self.hf)
 
     def checkpoint_activations(self, on: bool = True) -> None:

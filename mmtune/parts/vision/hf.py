@@ -50,7 +50,7 @@ class TransformersTower(VisionTower):
         self.tokens = require_tokens(
             (self.image_size // self.patch) ** 2, self.image_size, self.patch, "config.json"
         )
-        self.mean, self.std, self.resample, self.own_fit, self.crop_pct = pixels
+        self._show(pixels)
 
     @classmethod
     def load(cls, weights: str, layer: int, dtype: torch.dtype, image_size: int | None = None) -> Self:
@@ -83,6 +83,9 @@ class TransformersTower(VisionTower):
         cls._outline(model, made, where)
         return cls(model(made), cls.published).resized(image_size, where)
 
+    def take_transform(self, folder: str) -> None:
+        self._show(read_pixels(folder, self.published))
+
     def save(self, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
         self.hf.save_pretrained(folder, state_dict=own_weights(self.hf, tensors))
         write_json(folder / FILE, self.preprocessor())
@@ -112,6 +115,9 @@ class TransformersTower(VisionTower):
         self.hf.config.image_size = side
         blank = torch.empty(1, (side // self.patch) ** 2 + int(self.has_cls), self.width)
         return self.hf.embeddings.interpolate_pos_encoding(blank, side, side)
+
+    def _show(self, pixels: Pixels) -> None:
+        self.mean, self.std, self.resample, self.own_fit, self.crop_pct = pixels
 
     @torch.no_grad()
     def resized(self, side: int | None, where: str) -> Self:

@@ -37,6 +37,7 @@ from open_clip.model import CLIPVisionCfg, _build_vision_tower, resize_pos_embed
 
 CONFIG = "open_clip_config.json"
 WEIGHTS, PICKLED = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
+_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 _OWN_FIT: dict[str, Literal["crop", "squash"]] = {"shortest": "crop", "squash": "squash"}
 _MEND = (
     f"Name a folder with {CONFIG} and {WEIGHTS} or {PICKLED}, a hub name such as laion/CLIP-..., or a model "
@@ -86,12 +87,7 @@ class OpenClipTower(VisionTower):
         self.image_size = self.visual.image_size[0]
         self.patch = self.visual.patch_size[0]
         self.tokens = (self.image_size // self.patch) ** 2
-        self.preprocess = preprocess
-        self.mean = tuple(preprocess.get("mean", OPENAI_DATASET_MEAN))
-        self.std = tuple(preprocess.get("std", OPENAI_DATASET_STD))
-        # open_clip draws `random` only while it trains; evaluating, it takes bicubic.
-        self.resample = "bilinear" if preprocess.get("interpolation") == "bilinear" else "bicubic"
-        self.own_fit = _OWN_FIT.get(preprocess.get("resize_mode", "shortest"))
+        self._prepared(preprocess)
 
     @classmethod
     def load(
@@ -103,6 +99,8 @@ class OpenClipTower(VisionTower):
         config: dict[str, Any] | None = None,
     ) -> OpenClipTower:
         """config: what `create` takes, where weights is a file, and only there."""
+        if Path(weights).suffix in _SUFFIXES and not Path(weights).exists():
+            raise UserError("no such file", where=weights, mend="Is the path right?")
         if config is not None or Path(weights).is_file():
             file, where = Path(weights), "model.vision.config"
             if config is None or not file.is_file():
@@ -181,6 +179,19 @@ class OpenClipTower(VisionTower):
         require_tokens((shown // patch) ** 2, shown, patch, where)
         with refusals(where, "open_clip"):
             return cls(vision_cfg, quick_gelu, preprocess)
+
+    def take_transform(self, folder: str) -> None:
+        file = Path(folder) / CONFIG
+        if file.is_file():
+            self._prepared(_preprocessing(read_json(file), str(file)))
+
+    def _prepared(self, preprocess: dict[str, Any]) -> None:
+        self.preprocess = preprocess
+        self.mean = tuple(preprocess.get("mean", OPENAI_DATASET_MEAN))
+        self.std = tuple(preprocess.get("std", OPENAI_DATASET_STD))
+        # open_clip draws `random` only while it trains; evaluating, it takes bicubic.
+        self.resample = "bilinear" if preprocess.get("interpolation") == "bilinear" else "bicubic"
+        self.own_fit = _OWN_FIT.get(preprocess.get("resize_mode", "shortest"))
 
     def save(self, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)

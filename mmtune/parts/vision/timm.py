@@ -103,7 +103,8 @@ class TimmTower(VisionTower):
 
     @classmethod
     def load(cls, weights: str, layer: int, dtype: torch.dtype, image_size: int | None = None) -> Self:
-        folder = folder_of(weights, CONFIG, FILES, _MEND)
+        named = None if Path(weights).is_dir() else _named(weights)
+        folder = folder_of(named.hf_hub_id if named else weights, CONFIG, FILES, _MEND)
         outline = torch.get_default_device().type == "meta"
         with torch.device("meta"):
             tower = cls._described(read_json(folder / CONFIG), layer, str(folder / CONFIG))
@@ -123,9 +124,8 @@ class TimmTower(VisionTower):
 
     @classmethod
     def known_fields(cls, weights: str) -> dict[str, Any] | None:
-        name = weights.removeprefix("timm/")
-        said = timm.get_pretrained_cfg(name) if timm.is_model_pretrained(name) else None
-        if said is None or Path(weights).is_dir():
+        said = None if Path(weights).is_dir() else _named(weights)
+        if said is None:
             return super().known_fields(weights)
         return {"architecture": said.architecture, "pretrained_cfg": said.to_dict()}
 
@@ -209,6 +209,23 @@ class TimmTower(VisionTower):
         for module in self.hf.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = implementation != "eager"
+
+
+def _named(weights: str) -> Any:
+    """timm's own config of a name, with tag or without, that it knows weights of; None of others. Raises
+    UserError where those lie nowhere on the hub, or under the name of another architecture: there a config
+    says what that one does, such as another activation.
+    """
+    name = weights.removeprefix("timm/")
+    if not timm.is_model_pretrained(name):
+        return None
+    said: Any = timm.get_pretrained_cfg(name)
+    lies = said.hf_hub_id or ""
+    if lies.rpartition("/")[2] != f"{said.architecture}.{said.tag}":
+        what = f"timm's weights of this name lie on the hub as {lies}" if lies else "not on the hub"
+        mend = "Let timm write a folder: timm.models.save_for_hf(timm.create_model(NAME, True), FOLDER)."
+        raise UserError(what, where=weights, mend=mend)
+    return said
 
 
 def _plain_model(architecture: str, args: dict[str, Any], transform: dict[str, Any], where: str) -> Any:

@@ -206,7 +206,7 @@ def test_what_training_takes_is_worked_out_without_values(
 
 
 def test_every_attention_gives_the_same_and_training_mode_too(family: Family, weights: str) -> None:
-    """A frozen tower is in training mode as well, where DINOv3 moves its positions at random."""
+    """In training mode DINOv3 of transformers moves its positions at random."""
     tower = load(family, weights)
     expected = features(tower)
     for attention in ("eager", "sdpa"):

@@ -21,7 +21,7 @@ class Dinov3Tower(TransformersTower):
     models = (DINOv3ViTModel,)
     published = Pixels(MEAN, STD, "bilinear", "squash")
     processor = "DINOv3ViTImageProcessor"
-    # transformers shifts and stretches the positions at random while a model trains, a frozen one too.
+    # transformers shifts and stretches the positions at random while a model trains.
     switched_off = tuple((f"pos_embed_{change}", None) for change in ("shift", "jitter", "rescale"))
 
     def hidden(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -28,21 +28,39 @@ cd "$(dirname "$0")/.."
 source scripts/4x4090/steps.sh
 yaml=scripts/4x4090/swap.yaml
 
+for given in "$@"; do
+  case "$given" in -h | --help) print_help ;; esac
+done
+find_mmtune
+
+# The YAML's towers, one a line: its name, and what it is as JSON.
+read_towers() {
+  python -c 'import json, sys
+from mmtune.core.config import Source
+for name, tower in Source(sys.argv[1]).tree["towers"].items():
+    print(name, json.dumps(tower))' "$yaml"
+}
+
 # Sorts the arguments into towers, languages and overrides.
-known=$(sed -n '/^towers:/,/^stages:/ s/^  \([A-Za-z0-9_-]*\): {.*/\1/p' "$yaml" | tr '\n' ' ')
+described=$(read_towers)
+known=$(cut -d ' ' -f 1 <<< "$described" | tr '\n' ' ')
 towers=(); languages=(); overrides=()
 for given in "$@"; do
   case "$given" in
-    -h | --help) print_help ;;
+    name=* | output=* | seeds=* | starts=* | jobs=* | towers=* | model=* | model.language=* | model.language.weights=*)
+      echo "'$given' is not for this script: set OUT, SEEDS, VICUNA or QWEN, name the towers and languages;" \
+        "connectors start from scratch, one run at a time" >&2
+      exit 2 ;;
     *=*) overrides+=("$given") ;;
-    vicuna | qwen) languages+=("$given") ;;
+    vicuna | qwen)
+      if ! [[ " ${languages[*]:-} " == *" $given "* ]]; then languages+=("$given"); fi ;;
     all) read -ra towers <<< "$known" ;;
     *)
       if ! [[ " $known " == *" $given "* ]]; then
         echo "unknown tower or language '$given'; known: all $known; vicuna qwen" >&2
         exit 2
       fi
-      towers+=("$given") ;;
+      if ! [[ " ${towers[*]:-} " == *" $given "* ]]; then towers+=("$given"); fi ;;
   esac
 done
 if [ ${#towers[@]} -eq 0 ]; then read -ra towers <<< "$known"; fi
@@ -57,10 +75,10 @@ case "$METHOD" in
   *) echo "unknown METHOD '$METHOD'; known: lora lorasculpt" >&2; exit 2 ;;
 esac
 
-# The chosen towers, as the YAML has them: "clip: {tower: clip, ...}, siglip: {...}".
+# The chosen towers, as the YAML has them: "clip: {"tower": "clip", ...}, siglip: {...}".
 chosen=""
 for tower in "${towers[@]}"; do
-  chosen+=$(sed -n "/^towers:/,/^stages:/ s/^  \($tower: {.*}\).*/\1, /p" "$yaml")
+  chosen+=$(sed -n "s/^$tower {/$tower: {/p" <<< "$described")", "
 done
 
 # swap LANGUAGE FLAG: mmtune swap-tower for the chosen towers on a language model.
@@ -76,7 +94,6 @@ swap() {
     "${changes[@]}" "${overrides[@]}"
 }
 
-find_mmtune
 for language in "${languages[@]}"; do
   echo "== do the towers fit $language, and the GPUs?"
   swap "$language" --shapes --processes "$GPUS"

@@ -163,6 +163,8 @@ def test_the_heaviest_fits_24_gib(tmp_path: Path) -> None:
     [
         (["sglip"], {}, "unknown tower or language 'sglip'; known: all clip siglip siglip2 dinov2 open_clip"),
         ([], {"METHOD": "lorasculp"}, "unknown METHOD 'lorasculp'; known: lora lorasculpt"),
+        (["clip", "seeds=[0, 1]"], {}, "'seeds=[0, 1]' is not for this script: set OUT, SEEDS"),
+        (["clip", "output=elsewhere"], {}, "'output=elsewhere' is not for this script"),
     ],
 )
 def test_a_name_that_is_unknown(
@@ -170,6 +172,23 @@ def test_a_name_that_is_unknown(
 ) -> None:
     ran = run(checkout, *arguments, **variables)
     assert ran.returncode == 2 and said in ran.stderr
+
+
+def test_a_tower_in_block_form_is_taken_and_one_given_twice_is_one(checkout: Path, tmp_path: Path) -> None:
+    """As it would call mmtune, which here only says with what it was called."""
+    shutil.copytree(checkout / "scripts", tmp_path / "scripts")
+    yaml = tmp_path / "scripts/4x4090/swap.yaml"
+    block = "\n  mine:\n    tower: clip\n    weights: my/tower   # of my own\nstages:\n"
+    yaml.write_text(yaml.read_text().replace("\nstages:\n", block))
+    said = tmp_path / "bin/mmtune"
+    said.parent.mkdir()
+    said.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >&2\nexit 1\n')
+    said.chmod(0o755)
+    path = f"{said.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    ran = run(tmp_path, "mine", "clip", "mine", PATH=path)
+    (towers,) = [line for line in ran.stderr.splitlines() if line.startswith("towers={")]
+    assert towers.startswith('towers={mine: {"tower": "clip", "weights": "my/tower"}, clip: {"tower": "clip"')
+    assert towers.count("mine") == 1
 
 
 def test_what_it_is_for(checkout: Path) -> None:

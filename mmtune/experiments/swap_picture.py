@@ -88,6 +88,7 @@ def _draw_scores(
             axes.plot(cell["mean"], y, marker, color=colour, ms=4.5, zorder=3, clip_on=False)
         axes.set_ylim(len(towers) - 0.4, -0.6)
         low, high = axes.get_xlim()
+        low = min(low, high - 10) if low > 50 else low  # sets where all are right are not blown up
         units = {cell["unit"] for cell in report["rows"][0]["scores"].values()}
         axes.set_xlim(max(0, low), high if units != {"%"} else min(100, high))
         axes.set_xlabel("points", fontsize=8, color=PALE, labelpad=1)

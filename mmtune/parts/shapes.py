@@ -21,7 +21,7 @@ from mmtune.parts.known import config_of, is_known
 from mmtune.parts.language import LanguageModel, load_tokenizer, require_causal
 from mmtune.parts.loading import BRINGS_CODE, from_pretrained, refusals
 from mmtune.parts.spec import TOWERS, ConnectorOptions, LanguageOptions, ModelOptions, VisionOptions
-from mmtune.parts.vision.base import VisionTower
+from mmtune.parts.vision.base import VisionTower, require_contract
 
 T = TypeVar("T")
 
@@ -44,7 +44,9 @@ def require_fit(options: ModelOptions) -> None:
     with without_values():
         tower = _gather(faults, _tower, options.vision)
         language = _gather(faults, _language, options.language)
-        if tower and language:
+        if tower:
+            _gather(faults, require_contract, tower)
+        if tower and language and not faults:
             _gather(faults, fitting_connector, options.connector, tower, language)
     if faults:
         raise UserError.of(faults)

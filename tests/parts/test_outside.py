@@ -13,6 +13,8 @@ from mmtune.cli import main
 from mmtune.core import table
 from mmtune.core.errors import UserError
 from mmtune.parts.model import VisionLanguageModel
+from mmtune.parts.outline import outline_of
+from mmtune.parts.spec import ModelOptions, VisionOptions
 from tests.world import FROZEN, FULL, run_file, trained
 
 PACKAGE = '''
@@ -137,6 +139,14 @@ def test_trained_saved_loaded_and_evaluated(
     monkeypatch.setenv("MMTUNE_ALLOW", TOWER)
     assert main([*asked, str(package / "scores")]) == 0
     assert json.loads((package / "scores" / "results.json").read_text())["results"]["tiny_colour"]
+
+
+def test_a_tower_that_lacks_something_is_told_what(package: Path, world: Path) -> None:
+    lacking = PACKAGE.replace("has_cls, prefix,", "prefix,").replace("False, 0,", "0,")
+    (package / "unfinished.py").write_text(lacking.replace("def layers", "def layer"))
+    wrong = ModelOptions(str(world / "base"), VisionOptions("unfinished:Patches", config={"width": 24}))
+    with pytest.raises(UserError, match=r"Patches lacks has_cls, layers\n.*add-a-tower"):
+        outline_of(wrong)
 
 
 def test_check_tells_what_is_wrong_with_them(

@@ -128,6 +128,22 @@ class VisionTower(nn.Module):
         return ((images.float() / 255 - mean) / std).to(dtype)
 
 
+def require_contract(tower: VisionTower) -> None:
+    """Raises UserError that names what a tower from outside the package lacks."""
+    declared = ("width", "tokens", "image_size", "patch", "prefix", "has_cls", "mean", "std")
+    methods = ["save", "forward"]
+    if not hasattr(tower, "hf"):
+        methods += ["layers", "checkpoint_activations", "attend_by"]
+    lacking = [name for name in declared if not hasattr(tower, name)]
+    lacking += [name for name in methods if getattr(type(tower), name) is getattr(VisionTower, name)]
+    if lacking:
+        raise UserError(
+            f"{type(tower).__name__} lacks {', '.join(lacking)}",
+            where="model.vision.tower",
+            mend="A tower says and does all that docs/add-a-tower.md lists.",
+        )
+
+
 def layers_up_to(layer: int, count: int, where: str) -> int:
     """How many of a tower's `count` layers are used where `layer`, -1 for the last, is the one whose output
     is taken. Raises UserError where there is none.

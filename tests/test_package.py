@@ -41,7 +41,9 @@ print(json.dumps({
     "card": load_card("tiny_iconqa").splits,
     "model": (share("data") / "tiny" / "model" / "config.json").is_file(),
     "tuners": [TUNERS.load(name).__name__ for name in TUNERS.names()],
-    "parts": [table.load(name).__name__ for table in (TOWERS, CONNECTORS) for name in table.names()],
+    "parts": [
+        table.load(name.replace("N", "2")).__name__ for table in (TOWERS, CONNECTORS) for name in table.names()
+    ],
 }))
 """
 

@@ -42,7 +42,9 @@ print(json.dumps({
     "model": (share("data") / "tiny" / "model" / "config.json").is_file(),
     "tuners": [TUNERS.load(name).__name__ for name in TUNERS.names()],
     "parts": [
-        table.load(name.replace("N", "2")).__name__ for table in (TOWERS, CONNECTORS) for name in table.names()
+        table.load(name.replace("N", "2")).__name__
+        for table in (TOWERS, CONNECTORS)
+        for name in table.names()
     ],
 }))
 """

@@ -122,7 +122,7 @@ def test_the_faults_of_a_swap_are_quick_too(tmp_path: Path) -> None:
     found, said = measured("swap-tower", str(path))
     assert (found["code"], found["torch"]) == (2, False)
     assert found["seconds"] < 2
-    for fault in ("line 3, model.vision.tower: unknown vision tower 'klip'", "either 'weights'", "found 0"):
+    for fault in ("line 3, towers.one.tower: unknown vision tower 'klip'", "either 'weights'", "found 0"):
         assert fault in said
     assert said.count("'tiny_icon'") == 1  # what all runs share is said once
 

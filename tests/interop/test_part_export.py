@@ -61,6 +61,6 @@ def test_parts_are_not_taken_for_each_other(
     tower = str(tmp_path / "tower")
     wrong = ["--vision", tower, "--connector", "linear", "--language", tower]
     assert main(["assemble", *wrong, str(tmp_path / "out")]) == 2
-    assert "part.json: this is no language" in capsys.readouterr().err
+    assert "part.json: this is a part 'vision', not 'language'" in capsys.readouterr().err
     assert main(["assemble", "--base", str(folder), "--vision", tower, str(tmp_path / "out")]) == 2
     assert "its language has an adapter" in capsys.readouterr().err

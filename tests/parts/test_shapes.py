@@ -119,6 +119,8 @@ def test_every_command_says_the_same(
             "tiny_text",
             "--output_path",
             str(tmp_path),
+            "--data_root",
+            str(world / "datasets" / "tiny"),
         ],
     ]
     for command in commands:
